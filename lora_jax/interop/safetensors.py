@@ -1,0 +1,97 @@
+"""Reads a Hugging Face model folder: `config.json` and one or several safetensors files."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax.interop import stacked
+from lora_jax.models import config as configs
+from lora_jax.models import keys
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load(folder: str | Path, dtype: jnp.dtype) -> tuple[configs.DecoderConfig, dict[str, Any]]:
+    """The config and the parameters of a model folder.
+
+    Args:
+      folder: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
+      dtype: of the parameters.
+
+    Returns:
+      config, and the parameters as nested dict of arrays, layers stacked.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape.
+    """
+    folder = Path(folder)
+    config = configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    files = Files(folder)
+
+    def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:
+        name = key.hf.format(layer)
+        return name, files.tensor(name) if name in files else None
+
+    return config, stacked.read(config, read, dtype, folder)
+
+
+class Files:
+    """The tensors of a folder, by name, whichever file holds them; each is read when asked for."""
+
+    def __init__(self, folder: Path):
+        self._open = functools.cache(_open)
+        if (folder / INDEX).is_file():
+            index = read_json(folder / INDEX)
+            if not isinstance(index.get("weight_map"), dict):
+                raise ValueError(f"{folder / INDEX}: has no weight_map; download the file again")
+            self._files = {name: folder / file for name, file in index["weight_map"].items()}
+        else:
+            self._files = dict.fromkeys(self._open(folder / WEIGHTS).keys(), folder / WEIGHTS)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The named tensor."""
+        path = self._files[name]
+        try:
+            return self._open(path).get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: cannot read tensor {name} ({error}); download the file again"
+            ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; give the folder of a Hugging Face model") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__} where an object is needed")
+    return value
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; download the model's safetensors files into its folder"
+        )
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None

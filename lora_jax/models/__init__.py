@@ -1,0 +1,1 @@
+"""Language models written in plain Flax NNX and used as functions of a parameter tree."""

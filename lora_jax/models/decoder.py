@@ -1,0 +1,238 @@
+"""A Llama decoder: Flax NNX modules, used as pure functions of a nested dict of arrays.
+
+Shapes: B batch, T time, S cache slots, D model, F hidden, H query heads, K key/value heads, h head dim,
+V vocabulary, L layers. The layers' parameters are stacked on a leading axis L and run by one scan.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_jax.models import attention
+from lora_jax.models.config import DecoderConfig
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+Params = Any
+Cache = dict[str, jax.Array]
+
+
+class Projection(nnx.Module):
+    """x·W, contracting the last `contract` axes of x with the first of the kernel."""
+
+    def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs, contract: int = 1):
+        init = nnx.initializers.lecun_normal(range(contract), range(contract, len(shape)))
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.contract = contract
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product, in the dtype of x."""
+        return jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + ε) · scale, in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The normalised x, in its dtype."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """One row of a table per token."""
+
+    def __init__(self, vocab: int, dim: int, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab, dim)))
+
+
+class Layer(nnx.Module):
+    """Attention and a gated MLP, each with a norm before it and a residual around it."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        D, F, H, K, h = config.dim, config.hidden, config.heads, config.kv_heads, config.head_dim
+        self.attn_norm = RMSNorm(D, config.norm_eps)
+        self.q_proj = Projection((D, H, h), rngs)
+        self.k_proj = Projection((D, K, h), rngs)
+        self.v_proj = Projection((D, K, h), rngs)
+        self.o_proj = Projection((H, h, D), rngs, contract=2)
+        self.mlp_norm = RMSNorm(D, config.norm_eps)
+        self.gate_proj = Projection((D, F), rngs)
+        self.up_proj = Projection((D, F), rngs)
+        self.down_proj = Projection((F, D), rngs)
+
+    def __call__(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Callable):
+        """The layer's output, and whatever `attend(q, k, v)` returns beside its own."""
+        n_BTD = self.attn_norm(x_BTD)
+        q_BTHh = attention.rotate(self.q_proj(n_BTD), *angles)
+        k_BTKh = attention.rotate(self.k_proj(n_BTD), *angles)
+        mixed_BTHh, kept = attend(q_BTHh, k_BTKh, self.v_proj(n_BTD))
+        x_BTD = x_BTD + self.o_proj(mixed_BTHh)
+        n_BTD = self.mlp_norm(x_BTD)
+        return x_BTD + self.down_proj(jax.nn.silu(self.gate_proj(n_BTD)) * self.up_proj(n_BTD)), kept
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers stacked on a leading axis, final norm, and a head unless it is tied."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.embed = Embedding(config.vocab, config.dim, rngs)
+        self.layers = nnx.vmap(lambda r: Layer(config, r))(rngs.fork(split=config.layers))
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tied:
+            self.head = Projection((config.dim, config.vocab), rngs)
+
+
+@functools.cache
+def _graph(config: DecoderConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
+
+
+def init(key: jax.Array, config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random parameters: a nested dict of arrays, the layers' stacked [L, ...]."""
+    params = nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(key)))[1])
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def hidden(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: DecoderConfig,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    remat: str = "none",
+) -> jax.Array:
+    """The decoder up to its head.
+
+    Args:
+      params: nested dict of arrays as `init` makes it.
+      tokens_BT: token ids.
+      config: the decoder's shape.
+      positions_BT: rotary positions; 0, 1, 2, ... in each row if None.
+      segments_BT: tokens see earlier tokens of their own segment only; one segment per row if None.
+      remat: "none" keeps what the backward pass needs, "full" recomputes each layer from its input,
+        "dots" keeps the results of products only.
+
+    Returns:
+      hidden_BTD, normalised, in the dtype of the embedding.
+
+    Raises:
+      ValueError: an unknown `remat`.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not one of: {', '.join(REMAT)}")
+    B, T = tokens_BT.shape
+    model = nnx.merge(_graph(config), params)
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    angles = attention.rotary(positions_BT, config)
+    mask_BTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    if segments_BT is not None:
+        mask_BTT &= segments_BT[:, :, None] == segments_BT[:, None, :]
+    layer_graph, layers = nnx.split(model.layers)
+
+    def body(x_BTD, layer):
+        attend = lambda q, k, v: (attention.attention(q, k, v, mask_BTT), None)
+        return nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
+
+    if REMAT[remat] is not None:
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    x_BTD, _ = jax.lax.scan(body, model.embed.embedding[...][tokens_BT], layers)
+    return model.final_norm(x_BTD)
+
+
+def head(params: Params, hidden_BTD: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D], float32."""
+    if config.tied:
+        kernel, axis = params["embed"]["embedding"], 1
+    else:
+        kernel, axis = params["head"]["kernel"], 0
+    return jax.lax.dot_general(
+        hidden_BTD,
+        kernel.astype(hidden_BTD.dtype),
+        (((hidden_BTD.ndim - 1,), (axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def forward(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: DecoderConfig,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    remat: str = "none",
+) -> jax.Array:
+    """logits_BTV, float32: `head(hidden(...))`, with the arguments of `hidden`."""
+    return head(params, hidden(params, tokens_BT, config, positions_BT, segments_BT, remat), config)
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty key/value cache of `slots` tokens per row."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "positions": jnp.full((batch, slots), -1, jnp.int32),
+        "length": jnp.zeros((), jnp.int32),
+    }
+
+
+def forward_with_cache(
+    params: Params, tokens_BT: jax.Array, config: DecoderConfig, positions_BT: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Appends tokens to a cache and predicts what follows each row's last one.
+
+    Args:
+      params: nested dict of arrays as `init` makes it.
+      tokens_BT: the next T tokens of every row.
+      config: the decoder's shape.
+      positions_BT: their positions in the row's text; -1 marks padding, which no token sees.
+      cache: from `init_cache` or the previous call; the caller sees to it that T slots are left.
+
+    Returns:
+      logits_BV, float32, for the token after the one with the largest position, and the new cache.
+    """
+    T = tokens_BT.shape[1]
+    model = nnx.merge(_graph(config), params)
+    angles = attention.rotary(positions_BT, config)
+    start = cache["length"]
+    positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, start))
+    mask_BTS = (positions_BS >= 0)[:, None, :] & (positions_BS[:, None, :] <= positions_BT[:, :, None])
+    layer_graph, layers = nnx.split(model.layers)
+
+    def body(carry, xs):
+        x_BTD, k_LBSKh, v_LBSKh = carry
+        layer, index = xs
+
+        def attend(q, k, v):
+            # The whole cache is carried and written in place: as scanned outputs it would be copied.
+            new_k = jax.lax.dynamic_update_slice(
+                k_LBSKh, k[None].astype(k_LBSKh.dtype), (index, 0, start, 0, 0)
+            )
+            new_v = jax.lax.dynamic_update_slice(
+                v_LBSKh, v[None].astype(v_LBSKh.dtype), (index, 0, start, 0, 0)
+            )
+            return attention.attention(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
+
+        x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
+        return (x_BTD, new_k, new_v), None
+
+    carry = (model.embed.embedding[...][tokens_BT], cache["k"], cache["v"])
+    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers)))
+    last_B = jnp.argmax(positions_BT, axis=1)
+    x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+    logits_BV = head(params, model.final_norm(x_BD), config)
+    return logits_BV, {"k": k, "v": v, "positions": positions_BS, "length": start + T}
