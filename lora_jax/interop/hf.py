@@ -100,11 +100,8 @@ def _from_folder(folder: Path, dtype: jnp.dtype) -> Checkpoint:
 
     def token_id(role: str) -> int | None:
         token = settings.get(f"{role}_token")
-        return (
-            None
-            if token is None
-            else tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
-        )
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else tokenizer.token_to_id(token)
 
     eos, stop = token_id("eos"), generation.get("eos_token_id")
     special = Special(

@@ -144,7 +144,9 @@ def hidden(
     layer_graph, layers = nnx.split(model.layers)
 
     def body(x_BTD, layer):
-        attend = lambda q, k, v: (attention.attention(q, k, v, mask_BTT), None)
+        def attend(q, k, v):
+            return attention.attention(q, k, v, mask_BTT), None
+
         return nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
 
     if REMAT[remat] is not None:
@@ -219,12 +221,9 @@ def forward_with_cache(
 
         def attend(q, k, v):
             # The whole cache is carried and written in place: as scanned outputs it would be copied.
-            new_k = jax.lax.dynamic_update_slice(
-                k_LBSKh, k[None].astype(k_LBSKh.dtype), (index, 0, start, 0, 0)
-            )
-            new_v = jax.lax.dynamic_update_slice(
-                v_LBSKh, v[None].astype(v_LBSKh.dtype), (index, 0, start, 0, 0)
-            )
+            slot = (index, 0, start, 0, 0)
+            new_k = jax.lax.dynamic_update_slice(k_LBSKh, k[None].astype(k_LBSKh.dtype), slot)
+            new_v = jax.lax.dynamic_update_slice(v_LBSKh, v[None].astype(v_LBSKh.dtype), slot)
             return attention.attention(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)

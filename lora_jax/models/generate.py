@@ -37,7 +37,7 @@ def generate(
         one compiled program.
 
     Returns:
-      tokens_BN [B, max_new] with the end token, then zeros; and lengths_B, tokens of each row with its end token.
+      tokens_BN [B, max_new], zeros after a row's end token, and counts_B, tokens up to and with it.
 
     Raises:
       ValueError: a temperature without a key.

@@ -48,7 +48,6 @@ def cross_entropy(
     tokens = targets_BT.size
     if tokens % chunk:
         raise ValueError(f"chunk={chunk} does not divide the {tokens} tokens of the batch")
-    split = lambda x: x.reshape(tokens // chunk, chunk, *x.shape[2:])
+    chunks = [x.reshape(-1, chunk, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights)]
     body = jax.checkpoint(lambda sum_, xs: (sum_ + total(*xs), None), prevent_cse=False)
-    chunks = jax.tree.map(split, (hidden_BTD, targets_BT, weights))
     return jax.lax.scan(body, jnp.float32(0), chunks)[0], jnp.sum(weights)
