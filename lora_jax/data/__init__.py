@@ -1,0 +1,1 @@
+"""Training data: sources of examples, chat rendering, fixed-length batches."""
