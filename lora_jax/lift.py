@@ -342,41 +342,53 @@ def _custom_jvp(lifting: Lifting, eqn: JaxprEqn, values: list[Any]) -> list[Any]
     def call(*args: Any) -> list[jax.Array]:
         return densely(lifting.evaluate(jaxpr, consts, args))
 
+    def pushed(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        if not eqn.params["symbolic_zeros"]:
+            tangents = [_zeros(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+        zeros = [tangent is None for tangent in tangents]
+        inner, inner_consts, out_zeros = _jaxpr.jvp_jaxpr(eqn.params, zeros)
+        args = [*primals, *(tangent for tangent in tangents if tangent is not None)]
+        outs = densely(lifting.evaluate(inner, inner_consts, args))
+        ys, rest = outs[: len(out_zeros)], iter(outs[len(out_zeros) :])
+        return ys, [_zeros(y) if zero else next(rest) for y, zero in zip(ys, out_zeros, strict=True)]
+
     @functools.partial(call.defjvp, symbolic_zeros=True)
     def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        primals = jax.tree.map(jnp.asarray, primals)
-        moved = [_tangent(p, t) for p, t in zip(primals[n_consts:], tangents[n_consts:], strict=True)]
-        zeros = [t is None for t in moved]
-        inner, inner_consts, out_zeros = _jaxpr.jvp_jaxpr(eqn.params, zeros)
-        args = [*primals[n_consts:], *(t for t in moved if t is not None)]
-        outs = densely(lifting.evaluate(inner, inner_consts, args))
-        results, rest = outs[: len(out_zeros)], iter(outs[len(out_zeros) :])
-        return results, [_zero_tangent(y) if zero else next(rest) for y, zero in zip(results, out_zeros, strict=True)]
+        # d(w + a b) = (dw + da b) + (a db): two factored weights. The rule is linear in them, so each goes its own
+        # way; one weight of both would multiply da with db, which a transposition cannot take.
+        primals = jax.tree.map(jnp.asarray, primals[n_consts:])
+        along_a, along_b = zip(*map(_tangents, primals, tangents[n_consts:]), strict=True)
+        ys, moved = pushed(primals, along_a)
+        if any(tangent is not None for tangent in along_b):
+            _, more = pushed(primals, along_b)
+            moved = [x + y if jnp.issubdtype(y.dtype, jnp.inexact) else x for x, y in zip(moved, more, strict=True)]
+        return ys, moved
 
     return call(*values)
 
 
-def _tangent(primal: Any, tangent: Any) -> Any:
-    # d(w + a b) = dw + [da, a][b, db]: a factored weight again, of twice the rank.
+def _tangents(primal: Any, tangent: Any) -> tuple[Any, Any]:
     def zero(t: Any) -> bool:
         return type(t) is SymbolicZero
 
     if not isinstance(primal, Factored):
-        return None if zero(tangent) else tangent
-    if zero(tangent.w) and zero(tangent.a) and zero(tangent.b):
-        return None
-    dw, da, db = (
-        jnp.zeros_like(x) if zero(t) else t
-        for x, t in ((primal.w, tangent.w), (primal.a, tangent.a), (primal.b, tangent.b))
-    )
-    a, b = jnp.concatenate([da, primal.a], -1), jnp.concatenate([primal.b, db], -1)
-    return dataclasses.replace(primal, w=dw, a=a, b=b)
+        return (None if zero(tangent) else tangent), None
+    nothing = jnp.zeros_like(primal.w)
+    along_a = along_b = None
+    if not (zero(tangent.w) and zero(tangent.a)):
+        dw = nothing if zero(tangent.w) else tangent.w
+        along_a = dataclasses.replace(primal, w=dw, a=jnp.zeros_like(primal.a) if zero(tangent.a) else tangent.a)
+    if not zero(tangent.b):
+        along_b = dataclasses.replace(primal, w=nothing, b=tangent.b)
+    return along_a, along_b
 
 
-def _zero_tangent(y: jax.Array) -> Any:
-    if jnp.issubdtype(y.dtype, jnp.inexact):
-        return jnp.zeros_like(y)
-    return np.zeros(y.shape, jax.dtypes.float0)
+def _zeros(primal: Any) -> Any:
+    if isinstance(primal, Factored):
+        return dataclasses.replace(primal, w=jnp.zeros_like(primal.w), a=jnp.zeros_like(primal.a))
+    if jnp.issubdtype(primal.dtype, jnp.inexact):
+        return jnp.zeros_like(primal)
+    return np.zeros(primal.shape, jax.dtypes.float0)
 
 
 CONTROL: dict[Any, Control] = {

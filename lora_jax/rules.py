@@ -205,26 +205,43 @@ def _split(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]
     return [rearranged(weight, w, window(i)) for i, w in enumerate(bind(weight.w))]
 
 
+@rule("unstack")
+def _unstack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
+    weight, axis = only(args, 0), params["axis"]
+
+    def pick(i: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda f: lax.index_in_dim(f, i if weight.has(f, axis) else 0, axis, keepdims=False)
+
+    return [rearranged(weight, w, pick(i)) for i, w in enumerate(bind(weight.w))]
+
+
+@rule("stack")
+def _stack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
+    return [_joined(args, bind, lambda factors: jnp.stack(factors, params["axis"]))]
+
+
 @rule("concatenate")
 def _concatenate(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     axis = params["dimension"]
+    for arg in args:
+        if isinstance(arg, Factored) and any(f.shape[axis] != arg.shape[axis] for f in (arg.a, arg.b)):
+            raise NoRule("weights are joined along an axis of one factor")
+    return [_joined(args, bind, lambda factors: jnp.concatenate(factors, axis))]
+
+
+def _joined(args: Sequence[Any], bind: Bind, join: Callable[[list[jax.Array]], jax.Array]) -> Factored:
     if not all(isinstance(arg, Factored) for arg in args):
         raise NoRule("adapted and other weights are joined; give all of them an adapter, or none")
-    for pick in (lambda x: x.a, lambda x: x.b):
-        shapes = {(*pick(arg).shape[:axis], *pick(arg).shape[axis + 1 :]) for arg in args}
-        if len(shapes) > 1 or any(pick(arg).shape[axis] != arg.shape[axis] for arg in args):
-            raise NoRule("weights are joined along an axis of one factor, or with different ranks")
-    first = args[0]
-    return [
-        dataclasses.replace(
-            first,
-            w=bind(*(arg.w for arg in args))[0],
-            a=jnp.concatenate([arg.a for arg in args], axis),
-            b=jnp.concatenate([arg.b for arg in args], axis),
-            key=None if first.key is None else jnp.concatenate([arg.key for arg in args], axis),
-            path=", ".join(arg.path for arg in args),
-        )
-    ]
+    if len({(arg.shape, arg.a.shape, arg.b.shape, arg.dropout) for arg in args}) > 1:
+        raise NoRule("weights of different shapes or ranks are joined")
+    return dataclasses.replace(
+        args[0],
+        w=bind(*(arg.w for arg in args))[0],
+        a=join([arg.a for arg in args]),
+        b=join([arg.b for arg in args]),
+        key=None if args[0].key is None else join([arg.key for arg in args]),
+        path=", ".join(dict.fromkeys(arg.path for arg in args)),
+    )
 
 
 # --- operations that consume the weight ---

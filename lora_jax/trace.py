@@ -154,7 +154,7 @@ def trace(f: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> Sit
         if i < len(named):
             path, leaf = named[i]
             found[path] = Site(path, tuple(leaf.shape), np.dtype(leaf.dtype))
-            facts.append(Fact(View(path, tuple(frozenset({n}) for n in range(len(leaf.shape))), frozenset())))
+            facts.append(Fact(View((path,), tuple(frozenset({n}) for n in range(len(leaf.shape))), frozenset())))
         else:
             facts.append(Fact())
     walk = _Walk()
@@ -173,15 +173,15 @@ def trace(f: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> Sit
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A parameter in the layout it has at some point of the program.
+    """A parameter in the layout it has at some point of the program, or several of one shape, stacked.
 
     Attributes:
-      path: the parameter.
+      paths: the parameters.
       axes: for each axis, the parameter's own axes that it comes from.
       stacked: the parameter's axes from which one layer or expert was picked.
     """
 
-    path: str
+    paths: tuple[str, ...]
     axes: tuple[frozenset[int], ...]
     stacked: frozenset[int]
 
@@ -193,7 +193,7 @@ class View:
         """The same parameter after one element of some axes was picked."""
         gone = frozenset().union(*(self.axes[axis] for axis in axes))
         kept = [own for axis, own in enumerate(self.axes) if axis not in axes]
-        return View(self.path, tuple(kept), self.stacked | (gone - frozenset().union(*kept)))
+        return View(self.paths, tuple(kept), self.stacked | (gone - frozenset().union(*kept)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +233,7 @@ class _Walk:
             return _INNER[eqn.primitive](self, eqn, facts)
         products = frozenset().union(*(fact.products for fact in facts))
         views = [fact.view for fact in facts]
-        move = _MOVES.get(eqn.primitive.name)
-        moved = move(views[0], eqn) if move and views[0] and not any(views[1:]) else None
+        moved = _moved(eqn, views)
         if moved is not None:
             return [Fact(moved, products)] * len(eqn.outvars)
         for position, view in enumerate(views):
@@ -252,15 +251,17 @@ class _Walk:
         if inp & _union(own for axis, own in enumerate(view.axes) if axis not in (*contracted, *batch)):
             kind = "other"  # one axis is partly contracted and partly kept
         where = _jaxpr.source_line(eqn)
-        # A scan's body is followed more than once; an equation is one use.
-        self.uses.setdefault(view.path, {})[id(eqn), position] = Use(kind, name, axes, where)
-        if kind in LINEAR:
-            self.products.add(view.path)
-            self.consumed |= products
-            if view.stacked:
-                self.layered.add(view.path)
-            return frozenset({view.path})
-        return frozenset()
+        use = Use(kind, name, axes, where)
+        for path in view.paths:
+            # A scan's body is followed more than once; an equation is one use.
+            self.uses.setdefault(path, {})[id(eqn), position] = use
+        if kind not in LINEAR:
+            return frozenset()
+        self.products |= set(view.paths)
+        self.consumed |= products
+        if view.stacked or len(view.paths) > 1:
+            self.layered |= set(view.paths)
+        return frozenset(view.paths)
 
 
 def _union(sets: Any) -> frozenset[int]:
@@ -268,6 +269,27 @@ def _union(sets: Any) -> frozenset[int]:
 
 
 # --- what an operation does to the axes of a view ---
+
+
+def _moved(eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
+    name = eqn.primitive.name
+    if name in ("stack", "concatenate"):
+        return _stacked(eqn, views)
+    move = _MOVES.get(name)
+    return move(views[0], eqn) if move and views[0] and not any(views[1:]) else None
+
+
+def _stacked(eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
+    # Weights of one shape put side by side along an axis that none of them has: layers, to be scanned.
+    first = views[0]
+    if first is None or any(view is None or view.axes != first.axes for view in views):
+        return None
+    paths = tuple(dict.fromkeys(path for view in views if view for path in view.paths))
+    if eqn.primitive.name == "stack":
+        axes = list(first.axes)
+        axes.insert(eqn.params["axis"], frozenset())
+        return View(paths, tuple(axes), first.stacked)
+    return None if first.axes[eqn.params["dimension"]] else dataclasses.replace(first, paths=paths)
 
 
 def _reshaped(view: View, eqn: JaxprEqn) -> View:
@@ -301,7 +323,7 @@ def _picked(view: View, eqn: JaxprEqn) -> View | None:
         return None
     own = [frozenset[int]() if axis in picked else own for axis, own in enumerate(view.axes)]
     gone = _union(view.axes[axis] for axis in picked) - _union(own)
-    return View(view.path, tuple(own), view.stacked | gone)
+    return View(view.paths, tuple(own), view.stacked | gone)
 
 
 def _gathered(view: View, eqn: JaxprEqn) -> View | None:
@@ -328,6 +350,7 @@ _MOVES: dict[str, Callable[[View, JaxprEqn], View | None]] = {
     "squeeze": lambda view, eqn: view.arranged(
         [own for axis, own in enumerate(view.axes) if axis not in eqn.params["dimensions"]]
     ),
+    "unstack": lambda view, eqn: view.without([eqn.params["axis"]]) if len(view.axes) > 2 else None,
     "expand_dims": _broadcast,
     "broadcast_in_dim": _broadcast,
     "slice": _picked,
