@@ -57,10 +57,19 @@ def test_longer_ones_are_counted_and_cut_only_if_asked():
     short, exact, long = example(5), example(9), example(10)
     late = example(12, "late", learn_from=10)
     kept, dropped = packing.fit([short, exact, long, late], 8)
-    assert (kept, dropped) == ([short, exact], [long, late])
+    assert [e.inputs for e in kept] == [4, 8]
+    assert [e.inputs for e in dropped] == [9, 11]
     kept, dropped = packing.fit([short, exact, long, late], 8, truncate=True)
     assert [e.inputs for e in kept] == [4, 8, 8]
     assert [e.name for e in dropped] == ["late"]  # nothing to learn is left of it
+
+
+def test_what_follows_the_last_id_to_learn_is_cut_off():
+    asked = packing.Tokens("x", np.arange(9, dtype=np.int32), np.isin(np.arange(9), [3, 4]))
+    ((kept,), _) = packing.fit([asked], 8)
+    np.testing.assert_array_equal(kept.ids, range(5))
+    ((whole,), _) = packing.fit([asked._replace(learn=np.arange(9) > 3)], 8)
+    np.testing.assert_array_equal(whole.ids, range(9))
 
 
 def test_most_learned():

@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import numpy as np
 import safetensors.numpy
 import tokenizers
 
 from lora_jax.interop import safetensors as reader
 from lora_jax.models import config as configs
-from lora_jax.models import decoder, keys
+from lora_jax.models import keys
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -42,9 +41,7 @@ def tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tok.train_from_iterator(
-        ["the sum of one and two is three\n", "user assistant system what is"] * 3, trainer
-    )
+    tok.train_from_iterator(["the sum of one and two is three\n", "user assistant system what is"] * 3, trainer)
     return tok
 
 
@@ -60,22 +57,14 @@ def write(folder, template: str | None = CHATML, seed: int = 0, **changes):
     values = {**CONFIG, "vocab_size": tok.get_vocab_size(), **changes}
     (folder / "config.json").write_text(json.dumps(values))
     config = configs.from_hf(values)
-    params = decoder.init(jax.random.key(seed), config)
-    tensors = {}
-    for key in keys.table(config):
-        leaf = np.asarray(params_at(params, key.path))
-        layers = range(config.layers) if "{}" in key.hf else [None]
-        for layer in layers:
-            x = leaf if layer is None else leaf[layer]
-            tensors[key.hf.format(layer)] = np.ascontiguousarray(keys.to_file(x, key, config))
+    rng = np.random.default_rng(seed)
+    tensors = {
+        key.hf.format(layer): rng.normal(0, 0.1, keys.file_shape(key, config)).astype(np.float32)
+        for key in keys.table(config)
+        for layer in range(config.layers)
+    }
     safetensors.numpy.save_file(tensors, folder / reader.WEIGHTS)
     return folder
-
-
-def params_at(params, path):
-    for name in path.split("/"):
-        params = params[name]
-    return params
 
 
 def write_jsonl(path, values):

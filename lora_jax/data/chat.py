@@ -61,11 +61,7 @@ def render(format: Format, messages: Sequence[Message]) -> tuple[np.ndarray, np.
     if format.template is None:
         return _concatenated(format, messages)
     text = _text(format, messages)
-    spans = [
-        _turn(format, messages, text, i)
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
+    spans = [_turn(format, messages, text, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
     encoding = format.tokenizer.encode(text, add_special_tokens=False)
     ids = np.array(encoding.ids, np.int32)
     # A token that begins before the turn cannot be what the model says after the prompt: it is not learned.
@@ -163,9 +159,7 @@ def _concatenated(format: Format, messages: Sequence[Message]) -> tuple[np.ndarr
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError("the model has no chat template: give a prompt and a completion, not a chat")
     if format.special.eos is None:
-        raise ValueError(
-            "the model has neither a chat template nor an end token: nothing can end a completion"
-        )
+        raise ValueError("the model has neither a chat template nor an end token: nothing can end a completion")
     before = _prompt_ids(format, messages[0]["content"])
     said = format.tokenizer.encode(messages[1]["content"], add_special_tokens=False).ids
     ids = np.array([*before, *said, format.special.eos], np.int32)

@@ -58,7 +58,7 @@ def tokenize(format: chat.Format, examples: Iterable[sources.Example]) -> list[T
 
 
 def fit(examples: Iterable[Tokens], length: int, truncate: bool = False) -> tuple[list[Tokens], list[Tokens]]:
-    """Sorts out what fits into rows.
+    """Sorts out what fits into rows, and cuts off what follows the last id to learn: nothing depends on it.
 
     Args:
       examples: tokenised.
@@ -73,17 +73,23 @@ def fit(examples: Iterable[Tokens], length: int, truncate: bool = False) -> tupl
     """
     kept, long = [], []
     for example in examples:
-        if not example.learn[1:].any():
+        if example.learn[1:].any():
+            example = _cut(example, int(np.flatnonzero(example.learn)[-1]))
+        else:
             raise ValueError(
                 f"{example.name}: nothing to learn from: no token of it is said by the assistant; remove it, "
                 "or give it an assistant message"
             )
         if truncate and example.inputs > length:
-            cut = Tokens(example.name, example.ids[: length + 1], example.learn[: length + 1])
+            cut = _cut(example, length)
             (kept if cut.learn[1:].any() else long).append(cut)
         else:
             (long if example.inputs > length else kept).append(example)
     return kept, long
+
+
+def _cut(example: Tokens, inputs: int) -> Tokens:
+    return Tokens(example.name, example.ids[: inputs + 1], example.learn[: inputs + 1])
 
 
 def rows(examples: Sequence[Tokens], length: int, pack: bool = False) -> list[Row]:
@@ -140,6 +146,11 @@ def batch(rows: Sequence[Row], length: int) -> Batch:
         "segments": segments,
         "positions": positions,
     }
+
+
+def longest(examples: Iterable[Tokens]) -> int:
+    """The inputs of the longest example, up to its last id to learn."""
+    return max((int(example.learn.nonzero()[0].max(initial=0)) for example in examples), default=0)
 
 
 def most_learned(rows: Iterable[Row]) -> int:

@@ -1,0 +1,28 @@
+"""Grade-school maths: SmolLM2-135M-Instruct on 200 batches of GSM8K's worked solutions.
+
+Reproduces: the loss on held-out solutions falls.
+Command:    LORA_JAX_DATA=<folder with gsm8k/train.jsonl> python -m train.sft --config=configs/gsm8k.py
+Hardware:   two CPU cores.
+Expected:   see docs/results.md.
+"""
+
+import os
+
+from train import config as defaults
+
+
+def get_config():
+    config = defaults.sft()
+    config.model = "smollm2"
+    config.data.source = os.path.join(os.environ.get("LORA_JAX_DATA", "../shared/data"), "gsm8k", "train.jsonl")
+    config.data.prompt = "question"
+    config.data.completion = "answer"
+    config.data.length = 256
+    config.data.heldout = 128
+    config.steps = 200
+    config.batch_size = 8
+    config.optim.lr = 1e-3
+    config.eval.every = 50
+    config.eval.answers = 4
+    config.eval.max_new = 192
+    return config

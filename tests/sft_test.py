@@ -1,0 +1,193 @@
+"""The training script on a tiny model: the step against a plain one, what a run leaves behind, and full fine-tuning."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import lora_jax as lora
+from lora_jax.data import packing
+from lora_jax.interop import hf
+from lora_jax.models import decoder
+from train import config as settings
+from train import loop, sft
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("model"))
+
+
+def configured(model, tmp_path, **changes):
+    """Sums of one digit in a dozen tiny steps."""
+    lines = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(8) for b in range(8)]
+    config = settings.sft()
+    config.model = str(model)
+    config.data.source = str(tiny.write_jsonl(tmp_path / "sums.jsonl", lines))
+    config.data.heldout = 8
+    config.steps = 6
+    config.batch_size = 4
+    config.optim.lr = 1e-2
+    config.eval.answers = 4
+    config.eval.max_new = 4
+    config.eval.batch_size = 4
+    config.lora.rank = 4
+    config.checkpoint.every = 2
+    for name, value in changes.items():
+        group, _, key = name.rpartition("__")
+        setattr(config[group] if group else config, key, value)
+    return config
+
+
+def batch_of(lengths, learned, length=24, vocab=300):
+    rng = np.random.default_rng(0)
+    rows = [
+        [packing.Tokens("x", rng.integers(0, vocab, n + 1, np.int32), np.arange(n + 1) > n - k)]
+        for n, k in zip(lengths, learned, strict=True)
+    ]
+    return packing.batch(rows, length)
+
+
+def test_loss_looks_at_learned_positions_alone_and_equals_the_plain_one(model):
+    m = hf.load(model)
+    batch = batch_of([5, 12, 20, 7], [2, 9, 1, 4])
+    log_probs = jax.nn.log_softmax(decoder.forward(m.params, batch["tokens"], m.config))
+    picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+    expected = -jnp.sum(picked * batch["weights"])
+    nll = functools.partial(sft.negative_log_likelihood, m.params, batch, shape=m.config)
+    for options in ({}, {"chunk": 5}, {"packed": True}, {"remat": "full"}, {"chunk": 8, "remat": "dots"}):
+        total, tokens = nll(learned=9, **options)
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+        assert tokens == 16
+    assert abs(nll(learned=4)[0] - expected) > 1  # too few places miss some
+
+
+def test_head_runs_on_learned_positions_alone(model):
+    m = hf.load(model)
+    batch = batch_of([5, 12, 20, 7], [2, 9, 1, 4])
+    jaxpr = str(jax.make_jaxpr(lambda p: sft.negative_log_likelihood(p, batch, shape=m.config, learned=9)[0])(m.params))
+    assert f"f32[4,9,{m.config.vocab}]" in jaxpr
+    assert f"f32[4,24,{m.config.vocab}]" not in jaxpr
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch(model):
+    m = hf.load(model)
+    batch = batch_of([5, 12, 20, 7], [1, 9, 1, 4])  # parts with 10 and 5 tokens to learn
+    nll = functools.partial(sft.negative_log_likelihood, shape=m.config, learned=9)
+    adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
+    adapters = jax.tree.map(lambda x: x + 0.01, adapters)
+    tx = optax.sgd(1.0)
+
+    def tree(adapters, base, key):
+        return lora.attach(base, adapters)
+
+    def step(parts):
+        update = sft.make_update(lora.lift(nll), tree, tx, parts)
+        fresh = jax.tree.map(jnp.array, adapters)
+        return update(fresh, tx.init(fresh), m.params, batch, jax.random.key(0))
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(adapters, rows):
+        total, tokens = lora.lift(nll)(lora.attach(m.params, adapters), rows)
+        return total / tokens
+
+    def some(start, end):
+        return {name: x[start:end] for name, x in batch.items()}
+
+    (whole, _, numbers), (accumulated, _, _) = step(1), step(2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), accumulated, whole)
+    value, expected = mean(adapters, some(0, 4))
+    moved = jax.tree.map(lambda old, new: old - new, adapters, whole)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), moved, expected)
+    np.testing.assert_allclose(numbers["loss"], value, rtol=1e-5)
+    # Partner: the mean of the parts' means, as naive accumulation has it, is another gradient.
+    halves = [mean(adapters, some(i, i + 2))[1] for i in (0, 2)]
+    naive = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    gap = optax.global_norm(jax.tree.map(jnp.subtract, naive, expected)) / optax.global_norm(expected)
+    assert gap > 0.1
+
+
+def test_base_is_an_argument_that_stays_and_adapters_are_donated(model):
+    m = hf.load(model)
+    batch = batch_of([5, 12], [1, 9])
+    nll = functools.partial(sft.negative_log_likelihood, shape=m.config, learned=9)
+    adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
+    tx = optax.adam(1e-3)
+    update = sft.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, 1)
+    arguments = (adapters, tx.init(adapters), m.params, batch, jax.random.key(0))
+    compiled = update.lower(*arguments).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > lora.nbytes(m.params)
+    update(*arguments)
+    assert all(x.is_deleted() for x in jax.tree.leaves(adapters))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(m.params))
+
+
+def test_a_run_and_what_it_leaves(model, tmp_path, capsys):
+    config = configured(model, tmp_path, eval__every=3)
+    folder = tmp_path / "run"
+    sft.train(config, folder, "tiny")
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith("exact match 0.0% -> ")
+    assert "adapter parameters" in said and "tokens/s" in said
+    metrics = loop.read(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics if "heldout_loss" in line] == [0, 3, 6]
+    assert metrics[-1]["heldout_loss"] < metrics[0]["heldout_loss"]
+    rates = [line["learning_rate"] for line in metrics if "loss" in line]
+    np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(6) / 6), rtol=1e-5)
+    assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 4
+    assert json.loads((folder / "versions.json").read_text())["jax"] == jax.__version__
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "exact match" in (folder / "report.md").read_text()
+    assert list((folder / "tensorboard").glob("events*"))
+    # A finished run, started again, only reports.
+    sft.train(config, folder, "tiny")
+    assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1]
+    assert loop.read(folder / "metrics.jsonl") == metrics
+
+
+def final(folder):
+    """The last checkpoint's trainable tree, as Orbax gives it without being told its types."""
+    import orbax.checkpoint as ocp
+
+    last = max((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    return ocp.StandardCheckpointer().restore(last / "trainable")
+
+
+def test_full_fine_tuning_is_the_same_step(model, tmp_path):
+    m = hf.load(model)
+    sft.train(configured(model, tmp_path, full_finetune=True), tmp_path / "full", "full")
+    tuned = final(tmp_path / "full")
+    assert jax.tree.structure(tuned) == jax.tree.structure(m.params)
+    changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), tuned, m.params)
+    assert all(jax.tree.leaves(changed))
+    losses = [line["heldout_loss"] for line in loop.read(tmp_path / "full" / "metrics.jsonl") if "heldout_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_settings_of_a_run_decide(model, tmp_path):
+    """Every one of these changes is to be seen in the losses, and remat and parts are not."""
+
+    def losses(name, **changes):
+        config = configured(model, tmp_path, steps=3, eval__answers=0, **changes)
+        sft.train(config, tmp_path / name, name)
+        return [line["loss"] for line in loop.read(tmp_path / name / "metrics.jsonl") if "loss" in line]
+
+    plain = losses("plain")
+    for name, same in {"remat": {"remat": "full"}, "parts": {"accumulate": 2}, "chunk": {"loss_chunk": 3}}.items():
+        np.testing.assert_allclose(losses(name, **same), plain, rtol=1e-4)
+    for name, other in {
+        "constant": {"optim__schedule": "constant"},
+        "dropout": {"lora__dropout": 0.5},
+        "attention": {"lora__target": "attention"},
+        "pack": {"data__pack": True},
+        "seed": {"seed": 1},
+    }.items():
+        assert not np.allclose(losses(name, **other), plain, rtol=1e-4), name

@@ -1,0 +1,91 @@
+"""The settings of `train/sft.py`, with their defaults. A file in `configs/` changes what an experiment needs."""
+
+import functools
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+SCHEDULES = {
+    "linear": lambda lr, steps: optax.linear_schedule(lr, 0.0, steps),
+    "constant": lambda lr, steps: optax.constant_schedule(lr),
+}
+
+
+def sft() -> ConfigDict:
+    """Every setting of supervised fine-tuning; locked, so that a mistyped name is an error."""
+    config = ConfigDict(
+        {
+            "model": "smollm2",  # a folder with config.json and safetensors, a .gguf file, or "smollm2"
+            "dtype": "",  # of the base; empty: float32 on CPU, bfloat16 elsewhere
+            "run": "",  # folder of the run; empty: runs/<name of the config file>
+            "seed": 0,  # of adapters, dropout, data order and what is held out
+            "steps": 100,
+            "batch_size": 16,  # rows in an update
+            "accumulate": 1,  # parts that a batch is computed in, to save memory; the update is the same
+            "remat": "none",  # what the backward pass recomputes: "none", "dots" (all but products), "full"
+            "loss_chunk": 0,  # tokens whose logits are held at once; 0: all
+            "full_finetune": False,  # train every parameter instead of adapters
+        }
+    )
+    config.lora = {
+        "target": "all-linear",  # a preset ("all-linear", "attention", "mlp") or a regular expression
+        "exclude": (),  # regular expressions
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "init": "uniform",
+    }
+    config.optim = {
+        "lr": 3e-4,
+        "schedule": "linear",  # to zero at the last step; or "constant"
+        "clip": 1.0,  # global norm of the gradient; 0: none
+    }
+    config.data = {
+        "source": "",  # a JSONL file, or reasoning_gym:TASK?parameter=value&...
+        "prompt": "prompt",  # names of these fields in the file
+        "completion": "completion",
+        "heldout": 64,  # examples to evaluate on, never trained on; drawn from the source, or
+        "heldout_source": "",  # the first ones of this source
+        "length": 0,  # tokens in a row; 0: as many as the longest example has
+        "truncate": False,  # cut longer examples instead of leaving them out
+        "pack": False,  # several examples in a row
+    }
+    config.eval = {
+        "every": 0,  # steps between evaluations; 0: before and after only
+        "answers": 64,  # held-out questions answered and compared word for word; 0: loss only
+        "max_new": 32,  # tokens in an answer
+        "batch_size": 32,  # questions answered at once
+    }
+    config.checkpoint = {"every": 50, "keep": 2}
+    return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Finds settings that cannot be meant.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    choices = {"dtype": ("", "float32", "bfloat16"), "optim.schedule": tuple(SCHEDULES)}
+    for name, allowed in choices.items():
+        if _get(config, name) not in allowed:
+            raise ValueError(f"config.{name}={_get(config, name)!r} is not one of {', '.join(map(repr, allowed))}")
+    for name in ("steps", "batch_size", "accumulate", "data.heldout", "eval.max_new", "eval.batch_size"):
+        if _get(config, name) < 1:
+            raise ValueError(f"config.{name}={_get(config, name)} must be at least 1")
+    if config.checkpoint.every < 1 or config.checkpoint.keep < 1:
+        raise ValueError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
+    if config.batch_size % config.accumulate:
+        raise ValueError(f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
+    if not config.data.source:
+        raise ValueError("config.data.source is empty: give a JSONL file, or reasoning_gym:TASK")
+
+
+def schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate as a function of the number of updates made."""
+    return SCHEDULES[config.optim.schedule](config.optim.lr, config.steps)
+
+
+def _get(config: ConfigDict, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)

@@ -1,0 +1,102 @@
+"""Starts a script: its config from the command line, and its mistakes in one line."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from lora_jax.tree import nearest
+
+# What a user can cause. Anything else is a fault of the program, and shows where it happened.
+MISTAKES = (ValueError, OSError, ArithmeticError)
+
+
+def run(main: Callable[[Any], None]) -> None:
+    """Runs `main(argv)` as a script: a mistake is printed as one line, and the exit status is 1.
+
+    With `--verbosity=1` the line is followed by the place in the code.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; settings are written --config.name=value")
+        quiet()
+        main(argv)
+
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except MISTAKES as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from the last checkpoint")
+
+
+def fail(error: BaseException) -> None:
+    """Prints an error as one line and exits with status 1."""
+    if logging.get_verbosity() > logging.INFO:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    # Not sys.exit: the threads of a library whose write has failed would still print, or wait for ever.
+    os._exit(1)
+
+
+def quiet() -> None:
+    """Compiled programs are kept for the next start, and libraries keep their remarks to themselves."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if logging.get_verbosity() <= logging.INFO:
+        logging.set_verbosity(logging.FATAL)
+
+
+def settings(flag: flags.FlagHolder) -> tuple[ConfigDict, str]:
+    """The config a flag holds, and the name of its file without folder and ending."""
+    file = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    return flag.value, Path(file.partition(":")[0]).stem
+
+
+def _parse(argv: list[str]) -> list[str]:
+    file = next((match[1] for a in argv if (match := re.fullmatch(r"--?config=([^:]*).*", a))), None)
+    if "config" in flags.FLAGS and not {"--help", "--helpshort", "--helpfull"} & set(argv):
+        if file is None:
+            fail(ValueError("no config; give one, such as --config=configs/quickstart.py"))
+        if not Path(file).is_file():
+            fail(FileNotFoundError(f"{file}: no such config file"))
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error)
+    except (AttributeError, KeyError) as error:
+        fail(ValueError(_unknown_key(argv, file) or f"{file}: {error}"))
+
+
+def _unknown_key(argv: list[str], file: str) -> str | None:
+    """Names the first setting on the command line that the config file does not have."""
+    alone = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=[])
+    try:
+        alone(["", f"--config={file}"])
+    except (AttributeError, KeyError):  # the mistake is in the file
+        return None
+    known = list(_keys(config.value))
+    for argument in argv:
+        match = re.match(r"--?config\.([\w.]+)", argument)
+        if match and match[1] not in known:
+            return f"no setting config.{match[1]}; did you mean config.{nearest(match[1], known, 1).strip(chr(39))}?"
+    return None
+
+
+def _keys(config: ConfigDict, before: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{before}{name}.")
+        else:
+            yield before + name

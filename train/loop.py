@@ -1,0 +1,152 @@
+"""What training scripts share: the record of a run, and the line that shows how it goes."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+METRICS, SAMPLES, CONFIG, VERSIONS = "metrics.jsonl", "samples.jsonl", "config.json", "versions.json"
+PACKAGES = ("lora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Record:
+    """The files of a run: `metrics.jsonl`, `samples.jsonl` and TensorBoard events.
+
+    Args:
+      folder: of the run; it exists.
+      step: where the run goes on: what was recorded after it is removed, for it will happen again.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder = folder
+        for name in (METRICS, SAMPLES):
+            lines = [json.dumps(line) + "\n" for line in read(folder / name) if line["step"] <= step]
+            part = folder / f"{name}.part"
+            part.write_text("".join(lines))
+            part.replace(folder / name)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Adds a line of numbers."""
+        self._append(METRICS, {"step": step, **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def sample(self, step: int, **values: str) -> None:
+        """Adds an answer."""
+        self._append(SAMPLES, {"step": step, **values})
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a number of this name was recorded at this step."""
+        return any(line["step"] == step and name in line for line in read(self.folder / METRICS))
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds back."""
+        self._board.close()
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last one that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def begin(folder: Path, config: dict[str, Any]) -> None:
+    """Writes what will run: the resolved config, and the versions. Says what has changed since the last start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).is_file():
+        before, now = dict(_flat(json.loads((folder / CONFIG).read_text()))), dict(_flat(config))
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                print(f"changed since the last start: {name} {before.get(name)!r} -> {now.get(name)!r}")
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    versions = {name: _version(name) for name in PACKAGES}
+    versions |= {"python": platform.python_version(), "backend": jax.default_backend()}
+    versions |= {"started": started(folder).isoformat()}
+    (folder / VERSIONS).write_text(json.dumps(versions, indent=1) + "\n")
+
+
+def started(folder: Path) -> datetime.datetime:
+    """When a run was started first; now, if it was not."""
+    path = folder / VERSIONS
+    try:
+        return datetime.datetime.fromisoformat(json.loads(path.read_text())["started"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return datetime.datetime.now().replace(microsecond=0)
+
+
+class Progress:
+    """A live line: step, loss, tokens per second, time left. Where there is no terminal, a line now and then.
+
+    Args:
+      steps: in the whole run.
+      step: where it begins.
+    """
+
+    def __init__(self, steps: int, step: int):
+        self.steps, self.first = steps, step
+        self.seconds, self.tokens = 0.0, 0
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            console=rich.console.Console(),
+        )
+        self._task = self._bar.add_task("compiling ...", total=steps, completed=step)
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+    def skip(self) -> None:
+        """What happened since the last step (an evaluation, a checkpoint) is not training time."""
+        self._clock = time.perf_counter()
+
+    def update(self, step: int, loss: float, tokens: int) -> float:
+        """Shows a step that has just ended; returns its tokens per second."""
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if step > self.first + 1:  # the first one compiles
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+        speed = self.tokens / self.seconds if self.seconds else tokens / seconds
+        left = (self.steps - step) * (self.seconds / max(step - self.first - 1, 1) or seconds)
+        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {datetime.timedelta(seconds=round(left))} left"
+        self._bar.update(self._task, completed=step, description=text)
+        every = max(self.steps // 20, 1)
+        if not self._bar.console.is_terminal and (step % every == 0 or step == self.first + 1):
+            print(f"step {step}/{self.steps}  {text}", flush=True)
+        return tokens / seconds
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield before + name, list(value) if isinstance(value, tuple) else value

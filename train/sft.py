@@ -1,0 +1,224 @@
+"""Supervised fine-tuning: `python -m train.sft --config=configs/quickstart.py --config.optim.lr=1e-3`.
+
+Trains low-rank adapters, or with `--config.full_finetune` every parameter, on what the assistant says in chats.
+The same command, run again, goes on from the last checkpoint, and ends with the same adapters bit for bit.
+`train/config.py` has the settings.
+
+Shapes: B rows, T places in a row, S of them learned, D model.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict, config_flags
+
+import lora_jax as lora
+from lora_jax import checkpoint
+from lora_jax.data import chat, packing
+from lora_jax.interop import hf
+from lora_jax.models import decoder, loss
+from lora_jax.models.config import DecoderConfig
+from train import config as settings
+from train import examples, heldout, launch, loop, report
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
+SAMPLES = 5  # answers kept for the report
+
+Tree = Any
+Batch = dict[str, jax.Array]
+
+
+def main(_: list[str]) -> None:
+    """Reads the command line and trains."""
+    config, name = launch.settings(CONFIG)
+    train(config, Path(config.run or f"runs/{name}"), name)
+
+
+def train(config: ConfigDict, folder: Path, name: str) -> None:
+    """Trains, evaluates before, during and after, and reports.
+
+    Args:
+      config: from `train/config.py`.
+      folder: of the run; if it has checkpoints, the run goes on.
+      name: of the experiment, for the report.
+
+    Raises:
+      ValueError, OSError, ArithmeticError: with one line that says what to change.
+    """
+    settings.check(config)
+    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    model = hf.load(config.model, dtype)
+    format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
+    data = examples.prepare(config, format, model.config.context)
+    nll = functools.partial(
+        negative_log_likelihood,
+        shape=model.config,
+        learned=packing.most_learned(data.rows + data.heldout_rows),
+        remat=config.remat,
+        chunk=config.loss_chunk,
+        packed=config.data.pack,
+    )
+
+    # What is trained, and `tree(trainable, base)`: what the model runs with.
+    identity = {"base": checkpoint.fingerprint(model.params), "data": data.digest}
+    if config.full_finetune:
+        identity["trained"] = "every parameter"
+        base, trainable = None, jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+        print(f"{config.model}: training all of its {lora.count(trainable):,} parameters")
+
+        def tree(params: Tree, base: None, key: jax.Array | None = None) -> Tree:
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    else:
+        spec = lora.Spec(**config.lora)
+        identity["trained"] = repr(spec)
+        base, batch = model.params, packing.batch(data.rows[:1], data.length)
+        print(f"{config.model}:\n{lora.report(nll, base, batch, spec=spec)}")
+        trainable = lora.init(jax.random.key(config.seed), base, lora.trace(nll, base, batch), spec)
+
+        def tree(adapters: Tree, base: Tree, key: jax.Array | None = None) -> Tree:
+            return lora.attach(base, adapters, key if config.lora.dropout else None)
+
+    rate = settings.schedule(config)
+    clip = optax.clip_by_global_norm(config.optim.clip) if config.optim.clip else optax.identity()
+    tx = optax.chain(clip, optax.adam(rate))
+    update = make_update(lora.lift(nll), tree, tx, config.accumulate)
+    measure = jax.jit(lora.lift(nll))
+    speak = lora.lift(decoder.forward_with_cache)
+    key = jax.random.key(config.seed)
+
+    # Everything is checked; from here on the run writes.
+    batches = packing.iterate(data.rows, data.length, config.batch_size, config.seed)
+    checkpoints = checkpoint.Checkpoints(
+        folder / "checkpoints", identity, config.checkpoint.keep, about={"config": config.to_dict()}
+    )
+    state = checkpoint.State(0, trainable, tx.init(trainable), {})
+    if saved := checkpoints.restore(state):
+        state = saved
+        batches.set_state(state.progress["data"])
+        print(f"going on from step {state.step} of {folder}")
+    step, trainable, optimizer, _ = state
+    loop.begin(folder, config.to_dict())
+    record = loop.Record(folder, step if saved else -1)
+
+    def evaluate() -> None:
+        now, rows = tree(trainable, base), config.batch_size // config.accumulate
+        numbers = {"heldout_loss": heldout.loss(measure, now, data.heldout_rows, data.length, rows)}
+        if asked := data.asked[: config.eval.answers]:
+            said = heldout.answers(speak, now, model.config, format, asked, config.eval.max_new, config.eval.batch_size)
+            numbers["exact_match"] = sum(answer.right for answer in said) / len(said)
+            for answer in said[:SAMPLES]:
+                record.sample(step, **answer._asdict())
+        record.metrics(step, **numbers)
+        print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()), flush=True)
+
+    if not saved:
+        evaluate()
+    with loop.Progress(config.steps, step) as progress:
+        batch = next(batches)
+        while step < config.steps:
+            trainable, optimizer, out = update(trainable, optimizer, base, batch, jax.random.fold_in(key, step))
+            step += 1
+            tokens, place = int((batch["segments"] > 0).sum()), batches.get_state()
+            batch = next(batches)  # while the device computes
+            numbers = {name: float(value) for name, value in out.items()}
+            if not all(map(math.isfinite, numbers.values())):
+                raise FloatingPointError(
+                    f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}: stopped; "
+                    f"the last good checkpoint is kept in {checkpoints.folder}; lower config.optim.lr"
+                )
+            speed = progress.update(step, numbers["loss"], tokens)
+            record.metrics(step, **numbers, learning_rate=float(rate(step - 1)), tokens_per_second=speed)
+            last = step == config.steps
+            if last or (config.eval.every and step % config.eval.every == 0):
+                evaluate()
+            if last or step % config.checkpoint.every == 0:
+                checkpoints.save(checkpoint.State(step, trainable, optimizer, {"data": place}))
+            progress.skip()
+    record.close()
+    report.close(folder, name)
+
+
+def negative_log_likelihood(
+    params: Tree,
+    batch: Batch,
+    *,
+    shape: DecoderConfig,
+    learned: int,
+    remat: str = "none",
+    chunk: int = 0,
+    packed: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Σ w·(-log p(target)) and Σ w over a batch.
+
+    Args:
+      params: of the decoder.
+      batch: arrays [B, T] as `packing.batch` makes them.
+      shape: the decoder's.
+      learned: S, the most targets with a weight in a row: only these need logits.
+      remat: as `decoder.hidden`.
+      chunk: positions whose logits are held at once; 0 holds all.
+      packed: whether a row holds several examples.
+
+    Returns:
+      The sums, float32 scalars.
+    """
+    apart = (batch["positions"], batch["segments"]) if packed else (None, None)
+    hidden_BTD = decoder.hidden(params, batch["tokens"], shape, *apart, remat=remat)
+    weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
+    hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
+    targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
+    learn = (hidden_BSD, targets_BS, weights_BS)
+    if chunk:  # all rows as one, padded to whole chunks
+        learn = [x.reshape(1, -1, *x.shape[2:]) for x in learn]
+        missing = -learn[1].size % chunk
+        learn = [jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) for x in learn]
+    return loss.cross_entropy(params, *learn, shape, chunk or None)
+
+
+def make_update(
+    nll: Callable, tree: Callable, tx: optax.GradientTransformation, accumulate: int
+) -> Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]:
+    """Compiles a training step.
+
+    The gradient is of the mean over all learned tokens of the batch, in however many parts it is computed.
+
+    Args:
+      nll: `nll(tree, batch)` gives a sum of losses, and the number of tokens in it.
+      tree: `tree(trainable, base, key)` gives what `nll` takes.
+      tx: the optimizer.
+      accumulate: parts of a batch.
+
+    Returns:
+      `update(trainable, optimizer, base, batch, key)`, which gives the first two anew, and the loss and the norm
+      of the gradient. It takes the memory of the first two; the base stays.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(trainable, optimizer, base, batch, key):
+        tokens = batch["weights"].sum()
+
+        def mean(trainable, part, key):
+            return nll(tree(trainable, base, key), part)[0] / tokens
+
+        def add(total, part_and_key):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean)(trainable, *part_and_key)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        (loss, gradient), _ = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))
+        updates, optimizer = tx.update(gradient, optimizer, trainable)
+        numbers = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        return optax.apply_updates(trainable, updates), optimizer, numbers
+
+    return update
+
+
+if __name__ == "__main__":
+    launch.run(main)
