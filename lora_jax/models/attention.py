@@ -1,7 +1,9 @@
 """Rotary positions and causal attention, float32 softmax.
 
-Shapes: B batch, T queries, S keys, H query heads, K key/value heads, h head dim.
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H/K, h head dim.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,35 @@ def rotate(x_BTHh: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHh.dtype)
 
 
-def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def causal(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Attention of every token to itself and to the earlier tokens of its segment.
+
+    Blocks of queries meet the keys up to their own end only, which leaves out half of the products, and the
+    backward pass recomputes the probabilities block by block from q, k and v.
+
+    Args:
+      q_BTHh, k_BTKh, v_BTKh: queries, keys and values.
+      segments_BT: segment ids; None for one segment per row.
+
+    Returns:
+      [B, T, H, h] in the dtype of the queries.
+    """
+    T = q_BTHh.shape[1]
+    block = max(64, -(-T // 8))
+    index_T = jnp.arange(T)
+    outputs = []
+    for start in range(0, T, block):
+        rows, end = slice(start, start + block), min(start + block, T)
+        mask = index_T[rows, None] >= index_T[:end]
+        same = True if segments_BT is None else segments_BT[:, rows, None] == segments_BT[:, None, :end]
+        mask = (index_T[rows, None] >= index_T[:end]) & same
+        mask = jnp.broadcast_to(mask, (q_BTHh.shape[0], *mask.shape[-2:]))
+        outputs.append(_checkpointed(q_BTHh[:, rows], k_BTKh[:, :end], v_BTKh[:, :end], mask))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def masked(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """softmax(q·kᵀ/√h + mask)·v, every group of H/K query heads sharing a key/value head.
 
     Args:
@@ -36,9 +66,16 @@ def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS:
       [B, T, H, h] in the dtype of the queries.
     """
     B, T, H, h = q_BTHh.shape
-    K = k_BSKh.shape[2]
-    q = q_BTHh.reshape(B, T, K, H // K, h) * h**-0.5
-    scores = jnp.einsum("BTKGh,BSKh->BKGTS", q, k_BSKh, preferred_element_type=jnp.float32)
+    S, K = k_BSKh.shape[1:3]
+    G = H // K
+    # The query heads of a group are rows of one matrix product, not products of their own.
+    q_BKQh = q_BTHh.reshape(B, T, K, G, h).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, h) * h**-0.5
+    scores = jnp.einsum("BKQh,BSKh->BKQS", q_BKQh, k_BSKh, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, G, T, S)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
-    return jnp.einsum("BKGTS,BSKh->BTKGh", probs, v_BSKh).reshape(B, T, H, h)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype).reshape(B, K, G * T, S)
+    mixed = jnp.einsum("BKQS,BSKh->BKQh", probs, v_BSKh).reshape(B, K, G, T, h)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+_checkpointed = jax.checkpoint(masked, prevent_cse=False)

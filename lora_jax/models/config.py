@@ -49,9 +49,7 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
       ValueError: a field is missing, or asks for something this decoder does not compute.
     """
     if config.get("model_type") != "llama":
-        raise ValueError(
-            f"{source}: model_type {config.get('model_type')!r} is not supported; use one of: llama"
-        )
+        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is not supported; use one of: llama")
     required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     for name, value in required.items():
         if config.get(name, value) != value:
@@ -77,9 +75,7 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
             tied=config.get("tie_word_embeddings", False),
         )
     except KeyError as missing:
-        raise ValueError(
-            f"{source}: the field {missing} is missing; is this a model's config.json?"
-        ) from None
+        raise ValueError(f"{source}: the field {missing} is missing; is this a model's config.json?") from None
 
 
 def from_gguf(
@@ -131,9 +127,7 @@ def from_gguf(
         raise ValueError(f"{source}: the metadata field {missing} is missing") from None
 
 
-def _rope_factors(
-    rope: Mapping[str, Any], base: float, head_dim: int, source: str
-) -> tuple[float, ...] | None:
+def _rope_factors(rope: Mapping[str, Any], base: float, head_dim: int, source: str) -> tuple[float, ...] | None:
     """What a Hugging Face `rope_parameters` entry divides each frequency by."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     count = head_dim // 2
@@ -142,9 +136,7 @@ def _rope_factors(
     if kind == "linear":
         return (float(rope["factor"]),) * count
     if kind != "llama3":
-        raise ValueError(
-            f"{source}: rope type {kind!r} is not supported; use one of: default, linear, llama3"
-        )
+        raise ValueError(f"{source}: rope type {kind!r} is not supported; use one of: default, linear, llama3")
     # Frequencies that turn less than `low` times over the original context are slowed by `factor`,
     # those that turn more than `high` times are kept, and the ones between are interpolated.
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import attention
 from lora_jax.models.config import DecoderConfig
@@ -18,23 +19,23 @@ from lora_jax.models.config import DecoderConfig
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("kept"),
 }
 Params = Any
 Cache = dict[str, jax.Array]
 
 
 class Projection(nnx.Module):
-    """x·W, contracting the last `contract` axes of x with the first of the kernel."""
+    """x·W; the first `contract` axes of the kernel are the input's, and all are flattened in the product."""
 
     def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs, contract: int = 1):
         init = nnx.initializers.lecun_normal(range(contract), range(contract, len(shape)))
         self.kernel = nnx.Param(init(rngs.params(), shape))
-        self.contract = contract
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The product, in the dtype of x."""
-        return jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contract)
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        """The product of two matrices, in the dtype of x."""
+        kernel = self.kernel[...].astype(x_ND.dtype)
+        return checkpoint_name(x_ND @ kernel.reshape(x_ND.shape[-1], -1), "kept")
 
 
 class RMSNorm(nnx.Module):
@@ -63,6 +64,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F, H, K, h = config.dim, config.hidden, config.heads, config.kv_heads, config.head_dim
+        self.head_dim = h
         self.attn_norm = RMSNorm(D, config.norm_eps)
         self.q_proj = Projection((D, H, h), rngs)
         self.k_proj = Projection((D, K, h), rngs)
@@ -75,13 +77,25 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Callable):
         """The layer's output, and whatever `attend(q, k, v)` returns beside its own."""
-        n_BTD = self.attn_norm(x_BTD)
-        q_BTHh = attention.rotate(self.q_proj(n_BTD), *angles)
-        k_BTKh = attention.rotate(self.k_proj(n_BTD), *angles)
-        mixed_BTHh, kept = attend(q_BTHh, k_BTKh, self.v_proj(n_BTD))
-        x_BTD = x_BTD + self.o_proj(mixed_BTHh)
-        n_BTD = self.mlp_norm(x_BTD)
-        return x_BTD + self.down_proj(jax.nn.silu(self.gate_proj(n_BTD)) * self.up_proj(n_BTD)), kept
+        B, T, D = x_BTD.shape
+        heads = (B, T, -1, self.head_dim)
+        # Products see all tokens as the rows of one matrix: with two row axes, XLA transposes the operands of
+        # every gradient product.
+        x_ND = x_BTD.reshape(B * T, D)
+        n_ND = self.attn_norm(x_ND)
+        q_BTHh = attention.rotate(self.q_proj(n_ND).reshape(heads), *angles)
+        k_BTKh = attention.rotate(self.k_proj(n_ND).reshape(heads), *angles)
+        mixed_BTHh, extra = attend(q_BTHh, k_BTKh, self.v_proj(n_ND).reshape(heads))
+        x_ND = x_ND + self.o_proj(checkpoint_name(mixed_BTHh.reshape(B * T, -1), "kept"))
+        n_ND = self.mlp_norm(x_ND)
+        x_ND = x_ND + self.down_proj(gated(self.gate_proj(n_ND), self.up_proj(n_ND)))
+        return x_ND.reshape(B, T, D), extra
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate)·up, its backward pass keeping the two inputs only."""
+    return jax.nn.silu(gate) * up
 
 
 class Decoder(nnx.Module):
@@ -89,7 +103,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.embed = Embedding(config.vocab, config.dim, rngs)
-        self.layers = nnx.vmap(lambda r: Layer(config, r))(rngs.fork(split=config.layers))
+        self.layers = nnx.vmap(lambda r: Layer(config, r))(rngs.split(config.layers))
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied:
             self.head = Projection((config.dim, config.vocab), rngs)
@@ -104,6 +118,19 @@ def init(key: jax.Array, config: DecoderConfig, dtype: jnp.dtype = jnp.float32) 
     """Random parameters: a nested dict of arrays, the layers' stacked [L, ...]."""
     params = nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(key)))[1])
     return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _model(params: Params, config: DecoderConfig) -> Decoder:
+    """The module of some parameters, the kernels of its stacked projections flattened to matrices.
+
+    A kernel reshaped inside the scan would be saved, layer by layer, for the backward pass.
+    """
+    layers = dict(params["layers"])
+    for name, rows in {"q_proj": config.dim, "k_proj": config.dim, "v_proj": config.dim, "o_proj": -1}.items():
+        columns = config.dim if rows == -1 else -1
+        kernel = layers[name]["kernel"].reshape(config.layers, rows, columns)
+        layers[name] = {**layers[name], "kernel": kernel}
+    return nnx.merge(_graph(config), {**params, "layers": layers})
 
 
 def hidden(
@@ -134,18 +161,15 @@ def hidden(
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not one of: {', '.join(REMAT)}")
     B, T = tokens_BT.shape
-    model = nnx.merge(_graph(config), params)
+    model = _model(params, config)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     angles = attention.rotary(positions_BT, config)
-    mask_BTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    if segments_BT is not None:
-        mask_BTT &= segments_BT[:, :, None] == segments_BT[:, None, :]
     layer_graph, layers = nnx.split(model.layers)
 
     def body(x_BTD, layer):
         def attend(q, k, v):
-            return attention.attention(q, k, v, mask_BTT), None
+            return attention.causal(q, k, v, segments_BT), None
 
         return nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
 
@@ -208,7 +232,7 @@ def forward_with_cache(
       logits_BV, float32, for the token after the one with the largest position, and the new cache.
     """
     T = tokens_BT.shape[1]
-    model = nnx.merge(_graph(config), params)
+    model = _model(params, config)
     angles = attention.rotary(positions_BT, config)
     start = cache["length"]
     positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, start))
@@ -224,7 +248,7 @@ def forward_with_cache(
             slot = (index, 0, start, 0, 0)
             new_k = jax.lax.dynamic_update_slice(k_LBSKh, k[None].astype(k_LBSKh.dtype), slot)
             new_v = jax.lax.dynamic_update_slice(v_LBSKh, v[None].astype(v_LBSKh.dtype), slot)
-            return attention.attention(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
+            return attention.masked(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
         return (x_BTD, new_k, new_v), None

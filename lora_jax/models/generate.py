@@ -67,9 +67,7 @@ def _generate(
     def choose(logits_BV, step):
         if not sampled:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(jax.random.fold_in(key, step), logits_BV / temperature).astype(
-            jnp.int32
-        )
+        return jax.random.categorical(jax.random.fold_in(key, step), logits_BV / temperature).astype(jnp.int32)
 
     def running(state):
         step, _, _, ended_B, _, _ = state

@@ -1,0 +1,185 @@
+"""The decoder computes what transformers computes, and keeps rows, segments and padding apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_llama
+from jax import test_util
+
+from lora_jax.interop import safetensors
+from lora_jax.models import attention, decoder, loss
+from lora_jax.models.config import DecoderConfig
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "one head each": {"num_key_value_heads": 4},
+    "one shared head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 16},
+    "llama3 rope": {"rope_parameters": LLAMA3},
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+}
+forward = jax.jit(decoder.forward, static_argnames=("config", "remat"))
+TINY = DecoderConfig("llama", 61, 32, 48, 3, 4, 2, 8, context=64)
+
+
+def tokens(batch=2, length=20, seed=0):
+    return np.random.default_rng(seed).integers(3, 61, (batch, length))
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def pair(request, tmp_path):
+    model = tiny_llama.make(**request.param)
+    model.save_pretrained(tmp_path)
+    return model, *safetensors.load(tmp_path, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return decoder.init(jax.random.key(0), TINY)
+
+
+def test_logits_equal_transformers(pair):
+    model, config, params = pair
+    x = tokens()
+    ours = forward(params, x, config)
+    np.testing.assert_allclose(ours, tiny_llama.logits(model, x), atol=1e-4)
+    assert np.abs(ours - tiny_llama.logits(model, x[:, ::-1].copy())).max() > 0.1
+
+
+def test_llama3_rope_differs_from_plain_rope(tmp_path):
+    model = tiny_llama.make(rope_parameters=LLAMA3)
+    plain = tiny_llama.make(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    x = tokens()
+    assert np.abs(tiny_llama.logits(model, x) - tiny_llama.logits(plain, x)).max() > 1e-2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_logits_equal_transformers(tmp_path, side):
+    model = tiny_llama.make()
+    model.save_pretrained(tmp_path)
+    config, params = safetensors.load(tmp_path, jnp.float32)
+    x = tokens()
+    real = np.ones_like(x)
+    real[1, slice(0, 7) if side == "left" else slice(-7, None)] = 0
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    theirs = tiny_llama.logits(model, x, attention_mask=real, position_ids=positions)
+    ours = forward(params, x, config, positions, segments_BT=real)
+    np.testing.assert_allclose(ours[real == 1], theirs[real == 1], atol=1e-4)
+    if side == "left":
+        unmasked = forward(params, x, config, positions)
+        assert np.abs(unmasked[1, 7:] - theirs[1, 7:]).max() > 1e-2
+
+
+def test_packed_equals_separate(tiny):
+    first, second = tokens(1, 9), tokens(1, 11, seed=1)
+    packed = np.concatenate([first, second], axis=1)
+    positions = np.concatenate([np.arange(9), np.arange(11)])[None]
+    segments = np.array([[1] * 9 + [2] * 11])
+    together = forward(tiny, packed, TINY, positions, segments)
+    np.testing.assert_allclose(together[:, :9], forward(tiny, first, TINY), atol=1e-5)
+    np.testing.assert_allclose(together[:, 9:], forward(tiny, second, TINY), atol=1e-5)
+    leaking = forward(tiny, packed, TINY, positions)
+    assert np.abs(together[:, 9:] - leaking[:, 9:]).max() > 1e-2
+
+
+def test_no_token_sees_a_later_one(tiny):
+    x = tokens()
+    changed = np.concatenate([x[:, :12], x[:, :8]], axis=1)
+    before, after = forward(tiny, x, TINY), forward(tiny, changed, TINY)
+    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+    assert np.abs(before[:, 12:] - after[:, 12:]).max() > 1e-2
+
+
+def gradient(params, remat, tokens_BT, segments_BT=None):
+    def mean(params):
+        logits = forward(params, tokens_BT, TINY, segments_BT=segments_BT, remat=remat)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 7])
+
+    return jax.jit(jax.grad(mean))(params)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(tiny, remat):
+    x, segments = tokens(), np.repeat([[1, 2]], 10, axis=1).repeat(2, axis=0)
+    kept, again = gradient(tiny, "none", x, segments), gradient(tiny, remat, x, segments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), kept, again)
+    other = gradient(tiny, "none", x)
+    assert np.abs(other["layers"]["q_proj"]["kernel"] - kept["layers"]["q_proj"]["kernel"]).max() > 1e-5
+
+
+def test_unknown_remat_is_an_error(tiny):
+    with pytest.raises(ValueError, match="remat='some' is not one of: none, full, dots"):
+        decoder.hidden(tiny, tokens(), TINY, remat="some")
+
+
+step = jax.jit(decoder.forward_with_cache, static_argnames="config")
+
+
+def test_cache_equals_no_cache(tiny):
+    x = tokens(2, 12)
+    cache = decoder.init_cache(TINY, 2, 16)
+    positions = np.broadcast_to(np.arange(12), (2, 12))
+    logits, cache = step(tiny, x[:, :8], TINY, positions[:, :8], cache)
+    np.testing.assert_allclose(logits, forward(tiny, x[:, :8], TINY)[:, -1], atol=1e-5)
+    for t in range(8, 12):
+        token = (x[:, t : t + 1], TINY, positions[:, t : t + 1])
+        logits, cache = step(tiny, *token, cache)
+        np.testing.assert_allclose(logits, forward(tiny, x[:, : t + 1], TINY)[:, -1], atol=1e-5)
+    emptied = decoder.init_cache(TINY, 2, 16)
+    alone, _ = step(tiny, *token, emptied)
+    assert np.abs(alone - logits).max() > 1e-2
+
+
+def test_bfloat16_keeps_its_dtype_and_float32_logits(tiny):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
+    assert decoder.hidden(half, tokens(), TINY).dtype == jnp.bfloat16
+    logits = forward(half, tokens(), TINY)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, forward(tiny, tokens(), TINY), atol=0.1)
+
+
+def test_attention_gradient_is_the_derivative(tiny):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 6, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))
+    segments = jnp.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1]])
+    test_util.check_grads(lambda *x: attention.causal(*x, segments), (q, k, v), 1, modes=["rev"], rtol=1e-2)
+
+
+def test_products_are_plain_dots(tiny):
+    """A jaxpr interpreter meets every projection in a dot_general, outside custom derivatives."""
+    text = str(jax.make_jaxpr(lambda p: forward(p, tokens(), TINY))(tiny))
+    assert text.count("dot_general") >= 8
+
+
+def reference_loss(params, x, targets, weights):
+    probs = jax.nn.log_softmax(forward(params, x, TINY))
+    return -np.sum(weights * np.take_along_axis(np.asarray(probs), targets[..., None], -1)[..., 0])
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_cross_entropy(tiny, chunk):
+    x, targets = tokens(), tokens(seed=3)
+    weights = (np.arange(20) > 9)[None].repeat(2, 0).astype(np.float32)
+    hidden = decoder.hidden(tiny, x, TINY)
+    total, count = loss.cross_entropy(tiny, hidden, targets, weights, TINY, chunk)
+    np.testing.assert_allclose(total, reference_loss(tiny, x, targets, weights), rtol=1e-5)
+    assert count == 20
+    assert abs(total - reference_loss(tiny, x, targets, 1 - weights)) > 1e-3
+    naive = jax.grad(lambda h: loss.cross_entropy(tiny, h, targets, weights, TINY)[0])(hidden)
+    chunked = jax.grad(lambda h: loss.cross_entropy(tiny, h, targets, weights, TINY, chunk)[0])(hidden)
+    np.testing.assert_allclose(naive, chunked, rtol=1e-4, atol=1e-6)
+
+
+def test_chunk_must_divide(tiny):
+    with pytest.raises(ValueError, match="chunk=7 does not divide the 40 tokens"):
+        loss.cross_entropy(tiny, jnp.zeros((2, 20, 32)), tokens(), jnp.ones((2, 20)), TINY, chunk=7)
