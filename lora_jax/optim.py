@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import optax
 
@@ -20,10 +22,11 @@ def trainable_mask(tree: Tree) -> Tree:
     """
     if not isinstance(tree, Attached):
         return jax.tree.map(lambda _: True, tree)
-    return Attached(
-        jax.tree.map(lambda _: False, tree.params),
-        jax.tree.map(lambda _: True, tree.adapters),
-        None if tree.key is None else jax.numpy.zeros((), bool),
+    return dataclasses.replace(
+        tree,
+        params=jax.tree.map(lambda _: False, tree.params),
+        adapters=jax.tree.map(lambda _: True, tree.adapters),
+        key=None if tree.key is None else False,
     )
 
 
@@ -35,15 +38,10 @@ def optimizer(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTra
 
     Args:
       tx: any optax transformation.
-      mask: booleans, from `trainable_mask`, or a function from the tree to them.
+      mask: booleans, from `trainable_mask`.
 
     Returns:
       A transformation over the whole tree.
     """
-    return optax.transforms.selective_transform(tx, freeze_mask=_inverted(mask))
-
-
-def _inverted(mask: Tree) -> Tree:
-    if callable(mask):
-        return lambda tree: _inverted(mask(tree))
-    return jax.tree.map(lambda keep: not keep, mask)
+    frozen = jax.tree.map(lambda keep: not keep, mask)
+    return optax.transforms.selective_transform(tx, freeze_mask=frozen)

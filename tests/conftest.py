@@ -1,4 +1,4 @@
-"""Strict settings for every test: CPU, no silent rank promotion, warnings of our own are errors."""
+"""Settings for every test: they run on the CPU, offline."""
 
 import os
 
@@ -9,7 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import pytest
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+@pytest.fixture
+def strict():
+    """No silent promotion of ranks or dtypes: the library must not lean on either."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from oracle import adapter, assert_lifts
 import lora_jax as lora
 from lora_jax import Axes
 
+pytestmark = pytest.mark.usefixtures("strict")
 DENSE = Axes((), (0,), (1,))
 LAYERS = Axes((0,), (1,), (2,))
 

@@ -14,6 +14,7 @@ from oracle import adapter, assert_lifts, dense_params
 import lora_jax as lora
 from lora_jax import Axes
 
+pytestmark = pytest.mark.usefixtures("strict")
 settings.register_profile("lora", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("lora")
 
