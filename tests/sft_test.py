@@ -18,6 +18,15 @@ from train import config as settings
 from train import loop, sft
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs that differ in their data alone compile the same programs."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.write(tmp_path_factory.mktemp("model"))
@@ -173,7 +182,7 @@ def test_full_fine_tuning_is_the_same_step(model, tmp_path):
 
 @pytest.mark.slow
 def test_settings_of_a_run_decide(model, tmp_path):
-    """Every one of these changes is to be seen in the losses, and remat and parts are not."""
+    """What saves memory is not to be seen in the losses; every other change is."""
 
     def losses(name, **changes):
         config = configured(model, tmp_path, steps=3, eval__answers=0, **changes)
@@ -181,12 +190,10 @@ def test_settings_of_a_run_decide(model, tmp_path):
         return [line["loss"] for line in loop.read(tmp_path / name / "metrics.jsonl") if "loss" in line]
 
     plain = losses("plain")
-    for name, same in {"remat": {"remat": "full"}, "parts": {"accumulate": 2}, "chunk": {"loss_chunk": 3}}.items():
-        np.testing.assert_allclose(losses(name, **same), plain, rtol=1e-4)
+    np.testing.assert_allclose(losses("parts", accumulate=2, remat="full", loss_chunk=3), plain, rtol=1e-4)
     for name, other in {
-        "constant": {"optim__schedule": "constant"},
+        "constant": {"optim__schedule": "constant", "optim__clip": 0.0},
         "dropout": {"lora__dropout": 0.5},
-        "attention": {"lora__target": "attention"},
         "pack": {"data__pack": True},
         "seed": {"seed": 1},
     }.items():

@@ -54,8 +54,13 @@ class Record:
         self._board.close()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.folder / name}: cannot be written ({error.strerror}); make room and run the same command again"
+            ) from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +83,22 @@ def begin(folder: Path, config: dict[str, Any]) -> None:
     versions |= {"python": platform.python_version(), "backend": jax.default_backend()}
     versions |= {"started": started(folder).isoformat()}
     (folder / VERSIONS).write_text(json.dumps(versions, indent=1) + "\n")
+
+
+def base_dtype() -> str:
+    """The dtype of a base where none is asked for: CPUs are no faster in bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def resolved(folder: Path) -> dict[str, Any]:
+    """The config of a run.
+
+    Raises:
+      FileNotFoundError: if the folder is not that of a run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: not the folder of a run (it has no {CONFIG}); train first")
+    return json.loads((folder / CONFIG).read_text())
 
 
 def started(folder: Path) -> datetime.datetime:

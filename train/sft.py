@@ -52,7 +52,7 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
       ValueError, OSError, ArithmeticError: with one line that says what to change.
     """
     settings.check(config)
-    dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = jnp.dtype(config.dtype or loop.base_dtype())
     model = hf.load(config.model, dtype)
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     data = examples.prepare(config, format, model.config.context)
