@@ -14,7 +14,9 @@ import pytest
 def strict():
     """No silent promotion of ranks or dtypes: the library must not lean on either."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of what such a test costs
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
