@@ -8,7 +8,7 @@ import tiny_llama
 from jax import test_util
 
 from lora_jax.interop import safetensors
-from lora_jax.models import attention, decoder, loss
+from lora_jax.models import attention, decoder
 from lora_jax.models.config import DecoderConfig
 
 LLAMA3 = {
@@ -159,27 +159,3 @@ def test_products_are_plain_dots(tiny):
     """A jaxpr interpreter meets every projection in a dot_general, outside custom derivatives."""
     text = str(jax.make_jaxpr(lambda p: forward(p, tokens(), TINY))(tiny))
     assert text.count("dot_general") >= 8
-
-
-def reference_loss(params, x, targets, weights):
-    probs = jax.nn.log_softmax(forward(params, x, TINY))
-    return -np.sum(weights * np.take_along_axis(np.asarray(probs), targets[..., None], -1)[..., 0])
-
-
-@pytest.mark.parametrize("chunk", [None, 10])
-def test_cross_entropy(tiny, chunk):
-    x, targets = tokens(), tokens(seed=3)
-    weights = (np.arange(20) > 9)[None].repeat(2, 0).astype(np.float32)
-    hidden = decoder.hidden(tiny, x, TINY)
-    total, count = loss.cross_entropy(tiny, hidden, targets, weights, TINY, chunk)
-    np.testing.assert_allclose(total, reference_loss(tiny, x, targets, weights), rtol=1e-5)
-    assert count == 20
-    assert abs(total - reference_loss(tiny, x, targets, 1 - weights)) > 1e-3
-    naive = jax.grad(lambda h: loss.cross_entropy(tiny, h, targets, weights, TINY)[0])(hidden)
-    chunked = jax.grad(lambda h: loss.cross_entropy(tiny, h, targets, weights, TINY, chunk)[0])(hidden)
-    np.testing.assert_allclose(naive, chunked, rtol=1e-4, atol=1e-6)
-
-
-def test_chunk_must_divide(tiny):
-    with pytest.raises(ValueError, match="chunk=7 does not divide the 40 tokens"):
-        loss.cross_entropy(tiny, jnp.zeros((2, 20, 32)), tokens(), jnp.ones((2, 20)), TINY, chunk=7)

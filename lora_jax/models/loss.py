@@ -1,8 +1,9 @@
-"""Next-token losses over a large vocabulary.
+"""Next-token loss over a large vocabulary.
 
-Shapes: B batch, T time, D model, V vocabulary.
+Shapes: B batch, T time, D model, V vocabulary, N tokens of a chunk.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,8 +20,11 @@ def cross_entropy(
     weights_BT: jax.Array,
     config: DecoderConfig,
     chunk: int | None = None,
+    frozen_head: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ w·(log Σ exp z - z_target), z = head(hidden), in float32.
+    """Σ w·(log Σ exp z - z_target) with logits z = head(hidden), in float32.
+
+    A step costs two products with the head where it holds all logits or `frozen_head`, else three.
 
     Args:
       params: the decoder's parameters.
@@ -28,26 +32,71 @@ def cross_entropy(
       targets_BT: token ids to predict.
       weights_BT: 0 where a token does not count.
       config: the decoder's shape.
-      chunk: tokens whose logits are held at once, recomputed in the backward pass; None holds all.
+      chunk: tokens whose logits are held at once, the last filled up with weights 0; None holds all.
+      frozen_head: no gradient of the head is wanted, so that the gradient of `hidden_BTD` is computed in the
+        forward pass, chunk by chunk, and no logits are computed twice. The head cannot carry an adapter then.
 
     Returns:
       Sum of weighted losses in nats and sum of weights, float32 scalars.
 
     Raises:
-      ValueError: `chunk` does not divide the number of tokens.
+      ValueError: the head is differentiated though frozen.
     """
-    weights = weights_BT.astype(jnp.float32)
+    weights_BT = weights_BT.astype(jnp.float32)
+    chunks = [_split(x, chunk or targets_BT.size) for x in (hidden_BTD, targets_BT, weights_BT)]
+    part = "embed" if config.tied else "head"
+    if frozen_head:
+        total = _with_frozen_head(config, {part: params[part]}, *chunks)
+    elif chunk is None:
+        total = _chunk_loss(params, config, *(x[0] for x in chunks))
+    else:
+        step = jax.checkpoint(functools.partial(_chunk_loss, params, config), prevent_cse=False)
+        total, _ = jax.lax.scan(lambda sum_, xs: (sum_ + step(*xs), None), jnp.float32(0), chunks)
+    return total, jnp.sum(weights_BT)
 
-    def total(hidden, targets, weights):
-        logits = decoder.head(params, hidden, config)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
-    if chunk is None:
-        return total(hidden_BTD, targets_BT, weights), jnp.sum(weights)
-    tokens = targets_BT.size
-    if tokens % chunk:
-        raise ValueError(f"chunk={chunk} does not divide the {tokens} tokens of the batch")
-    chunks = [x.reshape(-1, chunk, *x.shape[2:]) for x in (hidden_BTD, targets_BT, weights)]
-    body = jax.checkpoint(lambda sum_, xs: (sum_ + total(*xs), None), prevent_cse=False)
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0], jnp.sum(weights)
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[chunks, chunk, ...], filled up with zeros."""
+    tokens = x.shape[0] * x.shape[1]
+    x = x.reshape(tokens, *x.shape[2:])
+    x = jnp.pad(x, [(0, -tokens % chunk)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _chunk_loss(params, config, hidden_ND, targets_N, weights_N) -> jax.Array:
+    return _loss(decoder.head(params, hidden_ND, config), targets_N, weights_N)
+
+
+def _loss(logits_NV, targets_N, weights_N) -> jax.Array:
+    # Not a gather: its gradient, a scatter, would need the logits' size once more.
+    is_target_NV = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
+    target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
+    return jnp.sum(weights_N * (jax.nn.logsumexp(logits_NV, axis=-1) - target_N))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_frozen_head(config, params, hidden_CND, targets_CN, weights_CN) -> jax.Array:
+    step = functools.partial(_chunk_loss, params, config)
+    return jax.lax.scan(
+        lambda sum_, xs: (sum_ + step(*xs), None), jnp.float32(0), (hidden_CND, targets_CN, weights_CN)
+    )[0]
+
+
+def _forward(config, params, hidden_CND, targets_CN, weights_CN):
+    if any(x.perturbed for x in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "perturbed"))):
+        raise ValueError("cross_entropy: frozen_head=True, but the head's gradient is asked for; leave it out")
+    params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "perturbed"))
+
+    def step(total, xs):
+        hidden_ND, targets_N, weights_N = xs
+        loss, pullback = jax.vjp(lambda x: _chunk_loss(params, config, x, targets_N, weights_N), hidden_ND)
+        return total + loss, pullback(jnp.float32(1))[0]
+
+    return jax.lax.scan(step, jnp.float32(0), (hidden_CND.value, targets_CN.value, weights_CN.value))
+
+
+def _backward(config, gradient_CND, cotangent):
+    return None, cotangent.astype(gradient_CND.dtype) * gradient_CND, None, None
+
+
+_with_frozen_head.defvjp(_forward, _backward, symbolic_zeros=True)
