@@ -69,6 +69,11 @@ def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def shape(atom: Any) -> tuple[int, ...]:
+    """The shape of an equation's operand or result."""
+    return atom.aval.shape
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants, and how many are carried (`ft_in` from 0.11 on)."""
     if "num_consts" in params:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from jax.extend.core import JaxprEqn
 
+from lora_jax import _jaxpr
 from lora_jax.factored import reshape_groups
 
 
@@ -67,7 +68,7 @@ def _stacked(eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
 
 
 def _reshaped(view: View, eqn: JaxprEqn) -> View:
-    old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    old, new = _jaxpr.shape(eqn.invars[0]), eqn.params["new_sizes"]
     axes = [frozenset[int]()] * len(new)
     for old_axes, new_axes in reshape_groups(old, new):
         own = union(view.axes[axis] for axis in old_axes)
@@ -81,7 +82,7 @@ def _reshaped(view: View, eqn: JaxprEqn) -> View:
 
 def _broadcast(view: View, eqn: JaxprEqn) -> View | None:
     shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    if math.prod(shape) != math.prod(eqn.invars[0].aval.shape):
+    if math.prod(shape) != math.prod(_jaxpr.shape(eqn.invars[0])):
         return None  # repeated along an axis: a bias or a norm's scale, used element by element
     axes = [frozenset[int]()] * len(shape)
     for axis, new_axis in enumerate(kept):
@@ -91,7 +92,7 @@ def _broadcast(view: View, eqn: JaxprEqn) -> View | None:
 
 def _picked(view: View, eqn: JaxprEqn) -> View | None:
     # Embedding rows looked up by position are data; a layer picked from a stack is still a weight.
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    old, new = _jaxpr.shape(eqn.invars[0]), _jaxpr.shape(eqn.outvars[0])
     picked = [axis for axis, (m, n) in enumerate(zip(old, new, strict=True)) if n == 1 and m > 1]
     if len([n for n in new if n > 1]) < 2 and picked:
         return None
@@ -102,8 +103,11 @@ def _picked(view: View, eqn: JaxprEqn) -> View | None:
 
 def _gathered(view: View, eqn: JaxprEqn) -> View | None:
     numbers = eqn.params["dimension_numbers"]
-    out = eqn.outvars[0].aval
-    if len(numbers.offset_dims) < out.ndim or len(numbers.offset_dims) < 2 or numbers.operand_batching_dims:
+    if (
+        len(numbers.offset_dims) < len(_jaxpr.shape(eqn.outvars[0]))
+        or len(numbers.offset_dims) < 2
+        or numbers.operand_batching_dims
+    ):
         return None
     picked = set(numbers.collapsed_slice_dims)
     return view.without(sorted(picked))
@@ -130,8 +134,8 @@ _MOVES: dict[str, Callable[[View, JaxprEqn], View | None]] = {
     "slice": _picked,
     "dynamic_slice": _picked,
     "gather": _gathered,
-    "mul": lambda view, eqn: view if eqn.invars[1].aval.ndim == 0 else None,
-    "div": lambda view, eqn: view if eqn.invars[1].aval.ndim == 0 else None,
+    "mul": lambda view, eqn: view if _jaxpr.shape(eqn.invars[1]) == () else None,
+    "div": lambda view, eqn: view if _jaxpr.shape(eqn.invars[1]) == () else None,
 }  # fmt: skip
 
 
@@ -177,7 +181,7 @@ def _convolved(view: View, eqn: JaxprEqn, position: int) -> Consumed:
 
 
 def _row(view: View, eqn: JaxprEqn, position: int) -> Consumed:
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    old, new = _jaxpr.shape(eqn.invars[0]), _jaxpr.shape(eqn.outvars[0])
     picked = [axis for axis, (m, n) in enumerate(zip(old, new, strict=True)) if n == 1 and m > 1]
     return ("embedding", picked, ()) if len(picked) == 1 and len(old) == 2 else ("elementwise", (), ())
 
