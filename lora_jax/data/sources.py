@@ -65,7 +65,8 @@ def split(examples: Sequence[Example], heldout: int, seed: int) -> tuple[list[Ex
 
     Args:
       examples: all of them.
-      heldout: how many to hold out, all with different questions.
+      heldout: how many to hold out, all with different questions; a question that is common among the examples
+        is drawn more often than a rare one.
       seed: of the draw.
 
     Returns:
@@ -74,11 +75,11 @@ def split(examples: Sequence[Example], heldout: int, seed: int) -> tuple[list[Ex
     Raises:
       ValueError: if fewer than `heldout` + 1 questions are different.
     """
-    unique = list({example.question: example for example in reversed(examples)}.values())
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    unique = list({example.question: example for example in shuffled}.values())
     if len(unique) <= heldout:
         raise ValueError(f"{len(unique)} different questions are too few to hold out {heldout}")
-    held = random.Random(seed).sample(unique, heldout)
-    return without(examples, held), held
+    return without(examples, unique[:heldout]), unique[:heldout]
 
 
 def without(examples: Sequence[Example], heldout: Sequence[Example]) -> list[Example]:
