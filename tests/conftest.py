@@ -11,12 +11,18 @@ import pytest
 
 
 @pytest.fixture
-def strict():
+def quick():
+    """XLA without most of its optimisations: compiling is most of what a small test costs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def strict(quick):
     """No silent promotion of ranks or dtypes: the library must not lean on either."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of what such a test costs
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
