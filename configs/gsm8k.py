@@ -17,10 +17,11 @@ def get_config():
     config.data.source = os.path.join(os.environ.get("LORA_JAX_DATA", "../shared/data"), "gsm8k", "train.jsonl")
     config.data.prompt = "question"
     config.data.completion = "answer"
-    config.data.length = 256
+    config.data.length = 384
+    config.data.pack = True
     config.data.heldout = 128
     config.steps = 200
-    config.batch_size = 8
+    config.batch_size = 4
     config.optim.lr = 1e-3
     config.eval.every = 50
     config.eval.answers = 4

@@ -130,6 +130,7 @@ def test_longer_than_the_context_is_counted_and_cut_only_if_asked(model, tmp_pat
         ({"lora__rank": 64}, "rank 64 is larger than the matrix"),
         ({"lora__target": "q_prj"}, "nearest: 'layers/q_proj/kernel'"),
         ({"data__source": ""}, "config.data.source is empty"),
+        ({"eval__answers": 4, "eval__max_new": 120}, "config.eval.max_new=120 are more than the 128 positions"),
         ({"data__heldout": 99}, "25 different questions are too few to hold out 99"),
     ],
 )

@@ -14,7 +14,7 @@ class Data(NamedTuple):
     Args:
       rows: to train on.
       heldout_rows: to evaluate on, one example in each.
-      asked: the held-out examples that end with an answer.
+      asked: the held-out examples whose questions are to be answered.
       length: places in a row.
       digest: of the rows' content, order and size in a batch: a run goes on only with the same.
     """
@@ -67,13 +67,20 @@ def prepare(config: ConfigDict, format: chat.Format, context: int) -> Data:
     if not kept or not held_kept:
         raise ValueError(f"{settings.source}: every example is longer than config.data.length={length} tokens")
     names = {example.name for example in held_kept}
+    asked = [e for e in held if e.name in names and e.messages[-1]["role"] == "assistant"][: config.eval.answers]
+    widest = max((len(chat.prompt(format, example.messages[:-1])) for example in asked), default=0)
+    if asked and widest + config.eval.max_new > context:
+        raise ValueError(
+            f"a question of {widest} tokens and config.eval.max_new={config.eval.max_new} are more than the "
+            f"{context} positions that the model knows"
+        )
     digest = hashlib.sha256(f"{config.seed} {config.batch_size} {length} {settings.pack}".encode())
     for example in kept:
         digest.update(example.ids.tobytes() + example.learn.tobytes())
     return Data(
         packing.rows(kept, length, settings.pack),
         packing.rows(held_kept, length),
-        [e for e in held if e.name in names and e.messages[-1]["role"] == "assistant"],
+        asked,
         length,
         digest.hexdigest()[:16],
     )

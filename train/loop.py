@@ -1,5 +1,6 @@
 """What training scripts share: the record of a run, and the line that shows how it goes."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -14,8 +15,10 @@ import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
 
+import lora_jax
+
 METRICS, SAMPLES, CONFIG, VERSIONS = "metrics.jsonl", "samples.jsonl", "config.json", "versions.json"
-PACKAGES = ("lora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Record:
@@ -30,9 +33,7 @@ class Record:
         self.folder = folder
         for name in (METRICS, SAMPLES):
             lines = [json.dumps(line) + "\n" for line in read(folder / name) if line["step"] <= step]
-            part = folder / f"{name}.part"
-            part.write_text("".join(lines))
-            part.replace(folder / name)
+            write(folder / name, "".join(lines))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def metrics(self, step: int, **values: float) -> None:
@@ -45,22 +46,13 @@ class Record:
         """Adds an answer."""
         self._append(SAMPLES, {"step": step, **values})
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether a number of this name was recorded at this step."""
-        return any(line["step"] == step and name in line for line in read(self.folder / METRICS))
-
     def close(self) -> None:
         """Writes what TensorBoard still holds back."""
         self._board.close()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        try:
-            with (self.folder / name).open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(
-                f"{self.folder / name}: cannot be written ({error.strerror}); make room and run the same command again"
-            ) from None
+        with _writing(self.folder / name), (self.folder / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +60,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with _writing(path):
+        part.write_text(text)
+        part.replace(path)
 
 
 def begin(folder: Path, config: dict[str, Any]) -> None:
@@ -78,11 +78,11 @@ def begin(folder: Path, config: dict[str, Any]) -> None:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 print(f"changed since the last start: {name} {before.get(name)!r} -> {now.get(name)!r}")
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {"lora-jax": lora_jax.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
     versions |= {"python": platform.python_version(), "backend": jax.default_backend()}
     versions |= {"started": started(folder).isoformat()}
-    (folder / VERSIONS).write_text(json.dumps(versions, indent=1) + "\n")
+    write(folder / VERSIONS, json.dumps(versions, indent=1) + "\n")
+    write(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def base_dtype() -> str:
@@ -121,11 +121,13 @@ class Progress:
     def __init__(self, steps: int, step: int):
         self.steps, self.first = steps, step
         self.seconds, self.tokens = 0.0, 0
+        console = rich.console.Console()
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.description}"),
-            console=rich.console.Console(),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("compiling ...", total=steps, completed=step)
         self._clock = time.perf_counter()
@@ -158,11 +160,14 @@ class Progress:
         return tokens / seconds
 
 
-def _version(name: str) -> str | None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command again"
+        ) from None
 
 
 def _flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -91,27 +91,31 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
     update = make_update(lora.lift(nll), tree, tx, config.accumulate)
     measure = jax.jit(lora.lift(nll))
     speak = lora.lift(decoder.forward_with_cache)
-    key = jax.random.key(config.seed)
 
     # Everything is checked; from here on the run writes.
     batches = packing.iterate(data.rows, data.length, config.batch_size, config.seed)
     checkpoints = checkpoint.Checkpoints(
-        folder / "checkpoints", identity, config.checkpoint.keep, about={"config": config.to_dict()}
+        folder / "checkpoints",
+        identity,
+        config.checkpoint.keep,
+        about={"config": config.to_dict(), "lora-jax": lora.__version__},
     )
-    state = checkpoint.State(0, trainable, tx.init(trainable), {})
-    if saved := checkpoints.restore(state):
-        state = saved
-        batches.set_state(state.progress["data"])
-        print(f"going on from step {state.step} of {folder}")
-    step, trainable, optimizer, _ = state
+    step, optimizer, key = 0, tx.init(trainable), jax.random.key(config.seed)
+    saved = checkpoints.restore(checkpoint.State(step, trainable, optimizer, {}))
+    if saved:
+        step, trainable, optimizer, progress = saved
+        batches.set_state(progress["data"])
+        key = jax.random.wrap_key_data(jnp.array(progress["key"], jnp.uint32))
+        print(f"going on from step {step} of {folder}")
     loop.begin(folder, config.to_dict())
     record = loop.Record(folder, step if saved else -1)
 
     def evaluate() -> None:
         now, rows = tree(trainable, base), config.batch_size // config.accumulate
         numbers = {"heldout_loss": heldout.loss(measure, now, data.heldout_rows, data.length, rows)}
-        if asked := data.asked[: config.eval.answers]:
-            said = heldout.answers(speak, now, model.config, format, asked, config.eval.max_new, config.eval.batch_size)
+        if data.asked:
+            sizes = config.eval.max_new, config.eval.batch_size
+            said = heldout.answers(speak, now, model.config, format, data.asked, *sizes)
             numbers["exact_match"] = sum(answer.right for answer in said) / len(said)
             for answer in said[:SAMPLES]:
                 record.sample(step, **answer._asdict())
@@ -125,7 +129,8 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
         while step < config.steps:
             trainable, optimizer, out = update(trainable, optimizer, base, batch, jax.random.fold_in(key, step))
             step += 1
-            tokens, place = int((batch["segments"] > 0).sum()), batches.get_state()
+            tokens = int((batch["segments"] > 0).sum())
+            place = {"data": batches.get_state(), "key": jax.random.key_data(key).tolist()}
             batch = next(batches)  # while the device computes
             numbers = {name: float(value) for name, value in out.items()}
             if not all(map(math.isfinite, numbers.values())):
@@ -139,7 +144,7 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
             if last or (config.eval.every and step % config.eval.every == 0):
                 evaluate()
             if last or step % config.checkpoint.every == 0:
-                checkpoints.save(checkpoint.State(step, trainable, optimizer, {"data": place}))
+                checkpoints.save(checkpoint.State(step, trainable, optimizer, place))
             progress.skip()
     record.close()
     report.close(folder, name)
