@@ -155,6 +155,26 @@ def test_attention_gradient_is_the_derivative(tiny):
     test_util.check_grads(lambda *x: attention.causal(*x, segments), (q, k, v), 1, modes=["rev"], rtol=1e-2)
 
 
+def test_blocks_of_queries_equal_one_masked_product():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 150, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))
+    segments = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], 50, axis=1))
+    same = segments[:, :, None] == segments[:, None]
+    earlier = jnp.tril(jnp.ones((150, 150), bool))[None].repeat(2, 0)
+
+    def whole(mask, q, k, v):
+        return attention.masked(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+
+    cases = ((None, earlier, same & earlier), (segments, same & earlier, earlier))
+    for segments, mask, other in cases:
+        blocks, pull = jax.vjp(lambda *x, s=segments: attention.causal(*x, s), q, k, v)
+        one, pull_one = jax.vjp(lambda *x, m=mask: whole(m, *x), q, k, v)
+        np.testing.assert_allclose(blocks, one, atol=1e-5)
+        for a, b in zip(pull(one), pull_one(one), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+        assert np.abs(blocks - whole(other, q, k, v)).max() > 0.1
+
+
 def test_products_are_plain_dots(tiny):
     """A jaxpr interpreter meets every projection in a dot_general, outside custom derivatives."""
     text = str(jax.make_jaxpr(lambda p: forward(p, tokens(), TINY))(tiny))

@@ -42,7 +42,8 @@ def causal(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT:
       [B, T, H, h] in the dtype of the queries.
     """
     T = q_BTHh.shape[1]
-    block = max(64, -(-T // 8))
+    block = min(max(-(-T // 8), 64), 512)
+    k_BKTh, v_BKTh = k_BTKh.swapaxes(1, 2), v_BTKh.swapaxes(1, 2)
     index_T = jnp.arange(T)
     outputs = []
     for start in range(0, T, block):
@@ -51,30 +52,30 @@ def causal(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT:
         same = True if segments_BT is None else segments_BT[:, rows, None] == segments_BT[:, None, :end]
         mask = (index_T[rows, None] >= index_T[:end]) & same
         mask = jnp.broadcast_to(mask, (q_BTHh.shape[0], *mask.shape[-2:]))
-        outputs.append(_checkpointed(q_BTHh[:, rows], k_BTKh[:, :end], v_BTKh[:, :end], mask))
+        outputs.append(_checkpointed(q_BTHh[:, rows], k_BKTh[:, :, :end], v_BKTh[:, :, :end], mask))
     return jnp.concatenate(outputs, axis=1)
 
 
-def masked(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def masked(q_BTHh: jax.Array, k_BKSh: jax.Array, v_BKSh: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """softmax(q·kᵀ/√h + mask)·v, every group of H/K query heads sharing a key/value head.
 
     Args:
-      q_BTHh, k_BSKh, v_BSKh: queries, keys and values.
+      q_BTHh, k_BKSh, v_BKSh: queries, keys and values.
       mask_BTS: True where a query may see a key; a query that sees none averages over all.
 
     Returns:
       [B, T, H, h] in the dtype of the queries.
     """
     B, T, H, h = q_BTHh.shape
-    S, K = k_BSKh.shape[1:3]
+    K, S = k_BKSh.shape[1:3]
     G = H // K
     # The query heads of a group are rows of one matrix product, not products of their own.
     q_BKQh = q_BTHh.reshape(B, T, K, G, h).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, h) * h**-0.5
-    scores = jnp.einsum("BKQh,BSKh->BKQS", q_BKQh, k_BSKh, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BKQh,BKSh->BKQS", q_BKQh, k_BKSh, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, K, G, T, S)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype).reshape(B, K, G * T, S)
-    mixed = jnp.einsum("BKQS,BSKh->BKQh", probs, v_BSKh).reshape(B, K, G, T, h)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BKSh.dtype).reshape(B, K, G * T, S)
+    mixed = jnp.einsum("BKQS,BKSh->BKQh", probs, v_BKSh).reshape(B, K, G, T, h)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 

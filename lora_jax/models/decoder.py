@@ -207,7 +207,7 @@ def forward(
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """An empty key/value cache of `slots` tokens per row."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
@@ -240,14 +240,16 @@ def forward_with_cache(
     layer_graph, layers = nnx.split(model.layers)
 
     def body(carry, xs):
-        x_BTD, k_LBSKh, v_LBSKh = carry
+        x_BTD, k_LBKSh, v_LBKSh = carry
         layer, index = xs
+
+        def written(cache_LBKSh, x_BTKh):
+            x_LBKTh = x_BTKh.swapaxes(1, 2)[None].astype(cache_LBKSh.dtype)
+            return jax.lax.dynamic_update_slice(cache_LBKSh, x_LBKTh, (index, 0, 0, start, 0))
 
         def attend(q, k, v):
             # The whole cache is carried and written in place: as scanned outputs it would be copied.
-            slot = (index, 0, start, 0, 0)
-            new_k = jax.lax.dynamic_update_slice(k_LBSKh, k[None].astype(k_LBSKh.dtype), slot)
-            new_v = jax.lax.dynamic_update_slice(v_LBSKh, v[None].astype(v_LBSKh.dtype), slot)
+            new_k, new_v = written(k_LBKSh, k), written(v_LBKSh, v)
             return attention.masked(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
