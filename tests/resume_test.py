@@ -154,6 +154,8 @@ def test_killed_again_and_again(place, undisturbed):
         killed(place, run, after(step))
     finish(place, run)
     assert_identical(run, undisturbed)
+    # Started anew or from a checkpoint, it is one program, compiled once.
+    assert len(list((place / "cache").rglob("jit_update-*-cache"))) == 1
 
 
 @pytest.mark.slow

@@ -100,7 +100,9 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
         config.checkpoint.keep,
         about={"config": config.to_dict(), "lora-jax": lora.__version__},
     )
-    step, optimizer, key = 0, tx.init(trainable), jax.random.key(config.seed)
+    # Tied to their device, as restored arrays are: both ways of starting run one compiled program.
+    trainable, optimizer = jax.tree.map(lambda x: jax.device_put(x, x.sharding), (trainable, tx.init(trainable)))
+    step, key = 0, jax.random.key(config.seed)
     saved = checkpoints.restore(checkpoint.State(step, trainable, optimizer, {}))
     if saved:
         step, trainable, optimizer, progress = saved
