@@ -1,18 +1,20 @@
 """The settings of `train/sft.py`, with their defaults. A file in `configs/` changes what an experiment needs."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import optax
 from ml_collections import ConfigDict
 
+Config = Any  # a ConfigDict, whose attributes no type checker knows
 SCHEDULES = {
     "linear": lambda lr, steps: optax.linear_schedule(lr, 0.0, steps),
     "constant": lambda lr, steps: optax.constant_schedule(lr),
 }
 
 
-def sft() -> ConfigDict:
+def sft() -> Config:
     """Every setting of supervised fine-tuning; locked, so that a mistyped name is an error."""
     config = ConfigDict(
         {
@@ -61,7 +63,7 @@ def sft() -> ConfigDict:
     return config.lock()
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Finds settings that cannot be meant.
 
     Raises:
@@ -82,10 +84,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError("config.data.source is empty: give a JSONL file, or reasoning_gym:TASK")
 
 
-def schedule(config: ConfigDict) -> optax.Schedule:
+def schedule(config: Config) -> Callable[[Any], Any]:
     """The learning rate as a function of the number of updates made."""
     return SCHEDULES[config.optim.schedule](config.optim.lr, config.steps)
 
 
-def _get(config: ConfigDict, name: str) -> Any:
+def _get(config: Config, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)

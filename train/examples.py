@@ -3,9 +3,8 @@
 import hashlib
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from lora_jax.data import chat, packing, sources
+from train.config import Config
 
 
 class Data(NamedTuple):
@@ -26,7 +25,7 @@ class Data(NamedTuple):
     digest: str
 
 
-def prepare(config: ConfigDict, format: chat.Format, context: int) -> Data:
+def prepare(config: Config, format: chat.Format, context: int) -> Data:
     """Reads, splits, tokenizes and lays out the examples, and says how many there are and what is left out.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.data import chat, packing, sources
@@ -77,7 +78,7 @@ def answers(
         prompt_BT = np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in chosen])
         lengths_B = np.array([len(prompt) for prompt in chosen])
         tokens, counts = generate.generate(
-            tree, config, prompt_BT, lengths_B, max_new, format.special.stop, apply=apply
+            tree, config, jnp.asarray(prompt_BT), jnp.asarray(lengths_B), max_new, format.special.stop, apply=apply
         )
         said += [chat.answer(format, row[:n]) for row, n in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
     return [

@@ -6,13 +6,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax.tree import nearest
+from train.config import Config
 
 # What a user can cause. Anything else is a fault of the program, and shows where it happened.
 MISTAKES = (ValueError, OSError, ArithmeticError)
@@ -38,7 +39,7 @@ def run(main: Callable[[Any], None]) -> None:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
 
 
-def fail(error: BaseException) -> None:
+def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and exits with status 1."""
     if logging.get_verbosity() > logging.INFO:
         traceback.print_exception(error)
@@ -57,7 +58,7 @@ def quiet() -> None:
         logging.set_verbosity(logging.FATAL)
 
 
-def settings(flag: flags.FlagHolder) -> tuple[ConfigDict, str]:
+def settings(flag: flags.FlagHolder) -> tuple[Config, str]:
     """The config a flag holds, and the name of its file without folder and ending."""
     file = config_flags.get_config_filename(flags.FLAGS[flag.name])
     return flag.value, Path(file.partition(":")[0]).stem
@@ -65,7 +66,7 @@ def settings(flag: flags.FlagHolder) -> tuple[ConfigDict, str]:
 
 def _parse(argv: list[str]) -> list[str]:
     file = next((match[1] for a in argv if (match := re.fullmatch(r"--?config=([^:]*).*", a))), None)
-    if "config" in flags.FLAGS and not {"--help", "--helpshort", "--helpfull"} & set(argv):
+    if "config" in flags.FLAGS and not any(argument.startswith("--help") for argument in argv):
         if file is None:
             fail(ValueError("no config; give one, such as --config=configs/quickstart.py"))
         if not Path(file).is_file():
@@ -78,7 +79,7 @@ def _parse(argv: list[str]) -> list[str]:
         fail(ValueError(_unknown_key(argv, file) or f"{file}: {error}"))
 
 
-def _unknown_key(argv: list[str], file: str) -> str | None:
+def _unknown_key(argv: list[str], file: str | None) -> str | None:
     """Names the first setting on the command line that the config file does not have."""
     alone = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=[])
@@ -94,7 +95,7 @@ def _unknown_key(argv: list[str], file: str) -> str | None:
     return None
 
 
-def _keys(config: ConfigDict, before: str = "") -> Iterator[str]:
+def _keys(config: Config, before: str = "") -> Iterator[str]:
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from _keys(value, f"{before}{name}.")

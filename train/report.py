@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import rich.console
+import rich.markup
 import rich.table
 
 from train import loop

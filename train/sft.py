@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import lora_jax as lora
 from lora_jax import checkpoint
@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
     train(config, Path(config.run or f"runs/{name}"), name)
 
 
-def train(config: ConfigDict, folder: Path, name: str) -> None:
+def train(config: settings.Config, folder: Path, name: str) -> None:
     """Trains, evaluates before, during and after, and reports.
 
     Args:
@@ -65,16 +65,12 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
         packed=config.data.pack,
     )
 
-    # What is trained, and `tree(trainable, base)`: what the model runs with.
+    # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     identity = {"base": checkpoint.fingerprint(model.params), "data": data.digest}
     if config.full_finetune:
         identity["trained"] = "every parameter"
         base, trainable = None, jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
         print(f"{config.model}: training all of its {lora.count(trainable):,} parameters")
-
-        def tree(params: Tree, base: None, key: jax.Array | None = None) -> Tree:
-            return jax.tree.map(lambda x: x.astype(dtype), params)
-
     else:
         spec = lora.Spec(**config.lora)
         identity["trained"] = repr(spec)
@@ -82,8 +78,10 @@ def train(config: ConfigDict, folder: Path, name: str) -> None:
         print(f"{config.model}:\n{lora.report(nll, base, batch, spec=spec)}")
         trainable = lora.init(jax.random.key(config.seed), base, lora.trace(nll, base, batch), spec)
 
-        def tree(adapters: Tree, base: Tree, key: jax.Array | None = None) -> Tree:
-            return lora.attach(base, adapters, key if config.lora.dropout else None)
+    def tree(trainable: Tree, base: Tree, key: jax.Array | None = None) -> Tree:
+        if config.full_finetune:
+            return jax.tree.map(lambda x: x.astype(dtype), trainable)
+        return lora.attach(base, trainable, key if config.lora.dropout else None)
 
     rate = settings.schedule(config)
     clip = optax.clip_by_global_norm(config.optim.clip) if config.optim.clip else optax.identity()
@@ -181,12 +179,14 @@ def negative_log_likelihood(
     weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
     hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
     targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
-    learn = (hidden_BSD, targets_BS, weights_BS)
-    if chunk:  # all rows as one, padded to whole chunks
-        learn = [x.reshape(1, -1, *x.shape[2:]) for x in learn]
-        missing = -learn[1].size % chunk
-        learn = [jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) for x in learn]
-    return loss.cross_entropy(params, *learn, shape, chunk or None)
+    if not chunk:
+        return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape)
+
+    def whole(x):  # all rows as one, padded to whole chunks
+        x = x.reshape(1, -1, *x.shape[2:])
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+
+    return loss.cross_entropy(params, whole(hidden_BSD), whole(targets_BS), whole(weights_BS), shape, chunk)
 
 
 def make_update(

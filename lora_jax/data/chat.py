@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import numpy as np
 import tokenizers
@@ -22,9 +24,18 @@ Message = dict[str, Any]
 class Special(Protocol):
     """Ids of the tokens with a role, None where the model has none, and all that end a turn."""
 
-    bos: int | None
-    eos: int | None
-    stop: tuple[int, ...]
+    @property
+    def bos(self) -> int | None:
+        """Begins a text."""
+
+    @property
+    def eos(self) -> int | None:
+        """Ends a text."""
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """End what a model says."""
+        ...
 
 
 class Format(NamedTuple):
@@ -110,7 +121,7 @@ def _turn(format: Format, messages: Sequence[Message], text: str, i: int) -> tup
 
 def _text(format: Format, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     def token(i: int | None) -> str:
-        return "" if i is None else format.tokenizer.id_to_token(i)
+        return "" if i is None else format.tokenizer.id_to_token(i) or ""
 
     try:
         return _compiled(format.template).render(
@@ -138,7 +149,7 @@ def _compiled(template: str) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """Accepts `{% generation %}` around what the assistant says, and writes what is inside it."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """The block's own nodes."""

@@ -116,7 +116,7 @@ def rows(examples: Sequence[Tokens], length: int, pack: bool = False) -> list[Ro
             space, row = spaces.pop(at)
         packed[row].append(example)
         bisect.insort(spaces, (space - example.inputs, row))
-    return packed
+    return list(packed)
 
 
 def batch(rows: Sequence[Row], length: int) -> Batch:
