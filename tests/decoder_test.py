@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_llama
 from jax import test_util
 
 from lora_jax.interop import safetensors
@@ -36,8 +35,13 @@ def tokens(batch=2, length=20, seed=0):
     return np.random.default_rng(seed).integers(3, 61, (batch, length))
 
 
+@pytest.fixture
+def tiny_llama():
+    return pytest.importorskip("tiny_llama")
+
+
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
-def pair(request, tmp_path):
+def pair(request, tmp_path, tiny_llama):
     model = tiny_llama.make(**request.param)
     model.save_pretrained(tmp_path)
     return model, *safetensors.load(tmp_path, jnp.float32)
@@ -48,7 +52,7 @@ def tiny():
     return decoder.init(jax.random.key(0), TINY)
 
 
-def test_logits_equal_transformers(pair):
+def test_logits_equal_transformers(pair, tiny_llama):
     model, config, params = pair
     x = tokens()
     ours = forward(params, x, config)
@@ -56,7 +60,7 @@ def test_logits_equal_transformers(pair):
     assert np.abs(ours - tiny_llama.logits(model, x[:, ::-1].copy())).max() > 0.1
 
 
-def test_llama3_rope_differs_from_plain_rope(tmp_path):
+def test_llama3_rope_differs_from_plain_rope(tiny_llama):
     model = tiny_llama.make(rope_parameters=LLAMA3)
     plain = tiny_llama.make(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     x = tokens()
@@ -64,7 +68,7 @@ def test_llama3_rope_differs_from_plain_rope(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_logits_equal_transformers(tmp_path, side):
+def test_padded_logits_equal_transformers(tmp_path, tiny_llama, side):
     model = tiny_llama.make()
     model.save_pretrained(tmp_path)
     config, params = safetensors.load(tmp_path, jnp.float32)

@@ -43,9 +43,19 @@ class File:
         return name in self._tensors
 
     def tensor(self, name: str) -> np.ndarray:
-        """The named tensor, dequantised to float32, its longest-stride axis first."""
+        """The named tensor, dequantised to float32, its longest-stride axis first.
+
+        Raises:
+          ValueError: its type is not one that the gguf package can dequantise.
+        """
         tensor = self._tensors[name]
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            return gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which the installed gguf package "
+                "cannot dequantise; use another quantisation of the model, or a newer gguf"
+            ) from None
 
 
 def load(file: File, dtype: jnp.dtype) -> tuple[configs.DecoderConfig, dict[str, Any]]:

@@ -49,16 +49,26 @@ def load(path: str | Path, dtype: jnp.dtype = jnp.float32) -> Checkpoint:
 
     Raises:
       FileNotFoundError: a file, or the package, is missing.
-      ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape.
+      ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape, or
+        the tokenizer has more tokens than the model.
     """
     path = packaged() if str(path) == "smollm2" else Path(path)
     if path.is_dir():
-        return _from_folder(path, dtype)
-    if path.suffix == ".gguf":
-        return _from_gguf(path, dtype)
-    raise FileNotFoundError(
-        f'{path}: give a folder with config.json and safetensors, a .gguf file, or "smollm2"'
-    )
+        loaded = _from_folder(path, dtype)
+    elif path.is_file() and path.suffix == ".gguf":
+        loaded = _from_gguf(path, dtype)
+    else:
+        raise FileNotFoundError(
+            f"{path}: no such folder or GGUF file; give a folder with config.json and safetensors, a .gguf file, "
+            'or "smollm2"'
+        )
+    tokens, rows = loaded.tokenizer.get_vocab_size(), loaded.config.vocab
+    if tokens > rows:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokens} tokens, but the embedding has {rows} rows; use the tokenizer "
+            "the model came with"
+        )
+    return loaded
 
 
 def packaged() -> Path:

@@ -63,9 +63,7 @@ class Files:
         try:
             return self._open(path).get_tensor(name)
         except SafetensorError as error:
-            raise ValueError(
-                f"{path}: cannot read tensor {name} ({error}); download the file again"
-            ) from None
+            raise ValueError(f"{path}: cannot read tensor {name} ({error}); download the file again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,9 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open(path: Path):
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; download the model's safetensors files into its folder"
-        )
+        raise FileNotFoundError(f"{path}: no such file; download the model's safetensors files into its folder")
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:

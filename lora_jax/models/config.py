@@ -59,7 +59,7 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
         head_dim = config.get("head_dim") or dim // heads
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope_base = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-        return DecoderConfig(
+        read = DecoderConfig(
             family="llama",
             vocab=config["vocab_size"],
             dim=dim,
@@ -76,6 +76,7 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
         )
     except KeyError as missing:
         raise ValueError(f"{source}: the field {missing} is missing; is this a model's config.json?") from None
+    return _checked(read, source)
 
 
 def from_gguf(
@@ -108,7 +109,7 @@ def from_gguf(
         raise ValueError(f"{source}: {metadata['llama.expert_count']} experts per layer are not supported")
     try:
         heads, dim = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
-        return DecoderConfig(
+        read = DecoderConfig(
             family=arch,
             vocab=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
             dim=dim,
@@ -125,6 +126,13 @@ def from_gguf(
         )
     except KeyError as missing:
         raise ValueError(f"{source}: the metadata field {missing} is missing") from None
+    return _checked(read, source)
+
+
+def _checked(config: DecoderConfig, source: str) -> DecoderConfig:
+    if config.heads % config.kv_heads:
+        raise ValueError(f"{source}: {config.heads} query heads cannot share {config.kv_heads} key/value heads")
+    return config
 
 
 def _rope_factors(rope: Mapping[str, Any], base: float, head_dim: int, source: str) -> tuple[float, ...] | None:
