@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core import primitives as P
 
 from lora_jax import _jaxpr
-from lora_jax.factored import Factored
+from lora_jax.factored import Factor, Factored
 from lora_jax.rules import settled
 
 
@@ -79,7 +79,7 @@ def _scan(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     fixed = {i: w for i, w in enumerate(init) if isinstance(w, Factored) and carry_out[i] is carry_in[i]}
     whole = {var: x for var, x in zip(xs_in, xs, strict=True) if isinstance(x, Factored)}
     passed = {j: whole[var] for j, var in enumerate(ys_out) if not isinstance(var, Literal) and var in whole}
-    moving = [_moving(x, length) if isinstance(x, Factored) else (x, None) for x in xs]
+    moving = [_moving(x) if isinstance(x, Factored) else (x, None) for x in xs]
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         layer = [
@@ -97,21 +97,31 @@ def _scan(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         lifting, eqn, start, lambda carry: jax.eval_shape(lambda c, s: body(c, _first(s))[0], carry, slices)
     )
     carry, ys = jax.lax.scan(body, start, slices, length=length, reverse=params["reverse"], unroll=params["unroll"])
+    ys = [_stacked(y) if isinstance(y, Factored) else y for y in ys]
     return [*_filled(carry, fixed), *_filled(ys, passed)]
 
 
-def _moving(weight: Factored, length: int) -> tuple[dict[str, jax.Array], Factored]:
+def _moving(weight: Factored) -> tuple[dict[str, jax.Array], Factored]:
     # A factor that all layers share is not repeated: it stays outside the scan.
-    leaves = {"w": weight.w, "a": weight.a, "b": weight.b, "key": weight.key}
-    return {k: v for k, v in leaves.items() if v is not None and v.shape[0] == length}, weight
+    factors = {name: getattr(weight, name) for name in ("a", "b", "key")}
+    slices = {name: factor.array for name, factor in factors.items() if factor and 0 in factor.axes}
+    return {"w": weight.w, **slices}, weight
 
 
 def _layer(weight: Factored, slices: dict[str, jax.Array]) -> Factored | jax.Array:
-    def pick(name: str) -> Any:
-        leaf = getattr(weight, name)
-        return slices[name] if name in slices else None if leaf is None else leaf[0]
+    def layer(name: str) -> Factor | None:
+        factor = getattr(weight, name)
+        return factor and Factor(slices.get(name, factor.array), tuple(axis - 1 for axis in factor.axes if axis))
 
-    return settled(dataclasses.replace(weight, **{name: pick(name) for name in ("w", "a", "b", "key")}))
+    return settled(dataclasses.replace(weight, w=slices["w"], **{name: layer(name) for name in ("a", "b", "key")}))
+
+
+def _stacked(weight: Factored) -> Factored:
+    # A scan has put an axis before the others of every array.
+    def stack(factor: Factor | None) -> Factor | None:
+        return factor and Factor(factor.array, (0, *(axis + 1 for axis in factor.axes)))
+
+    return dataclasses.replace(weight, a=stack(weight.a), b=stack(weight.b), key=stack(weight.key))
 
 
 def _first(slices: Any) -> Any:
@@ -126,7 +136,7 @@ def _filled(values: Sequence[Any], others: Mapping[int, Any]) -> list[Any]:
 def _form(value: Any) -> Any:
     if not isinstance(value, Factored):
         return None
-    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value)]
+    return value.a.axes, value.b.axes, value.scale, [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value)]
 
 
 def _stable(lifting: Evaluation, eqn: JaxprEqn, carry: list[Any], step: Callable[[list[Any]], list[Any]]) -> list[Any]:
@@ -248,17 +258,19 @@ def _tangents(primal: Any, tangent: Any) -> tuple[Any, Any]:
         return (None if zero(tangent) else tangent), None
     nothing = jnp.zeros_like(primal.w)
     along_a = along_b = None
-    if not (zero(tangent.w) and zero(tangent.a)):
+    if not (zero(tangent.w) and zero(tangent.a.array)):
         dw = nothing if zero(tangent.w) else tangent.w
-        along_a = dataclasses.replace(primal, w=dw, a=jnp.zeros_like(primal.a) if zero(tangent.a) else tangent.a)
-    if not zero(tangent.b):
+        along_a = dataclasses.replace(primal, w=dw, a=_zeros(primal.a) if zero(tangent.a.array) else tangent.a)
+    if not zero(tangent.b.array):
         along_b = dataclasses.replace(primal, w=nothing, b=tangent.b)
     return along_a, along_b
 
 
 def _zeros(primal: Any) -> Any:
     if isinstance(primal, Factored):
-        return dataclasses.replace(primal, w=jnp.zeros_like(primal.w), a=jnp.zeros_like(primal.a))
+        return dataclasses.replace(primal, w=jnp.zeros_like(primal.w), a=_zeros(primal.a))
+    if isinstance(primal, Factor):
+        return dataclasses.replace(primal, array=jnp.zeros_like(primal.array))
     if jnp.issubdtype(primal.dtype, jnp.inexact):
         return jnp.zeros_like(primal)
     return np.zeros(primal.shape, jax.dtypes.float0)

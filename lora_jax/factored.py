@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,33 +13,67 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Factored:
-    """The weight `w + Σ_r a[..., r] b[..., r]`, without the sum being formed.
+class Factor:
+    """One factor of a weight: an array of some of the weight's axes, in their order, and a last one for the rank.
 
-    Both factors have the axes of `w` and a last one for the rank. An axis that a factor does not depend on has size
-    1 there, so the product broadcasts to the shape of `w`. A transposition, a slice or a reshape of the weight is
-    then the same operation on each of the three arrays, and no rule needs to know which axes were in, out or stacked.
+    It broadcasts along the axes that it does not have. They are left out of the array rather than kept with size 1,
+    so that a factor can be what the adapter stores, as it is, until something moves its axes: a reshaped copy would be
+    made of all layers before a scan, and be saved for every layer within it.
 
     Attributes:
-      w: the base, of the weight's shape S and dtype.
-      a: the first factor, S with some axes 1, then R. γ is multiplied into it.
-      b: the second factor, likewise.
-      key: a PRNG key for dropout on the input of the adapter, or an array of them over stacked axes (S with all other
-        axes 1), or `None` for no dropout.
+      array: [*axes, R].
+      axes: which of the weight's axes those are, ascending.
+    """
+
+    array: jax.Array
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def expanded(self, ndim: int) -> jax.Array:
+        """The array with all axes of a weight of `ndim`, those that it does not have of size 1."""
+        sizes = dict(zip(self.axes, self.array.shape, strict=False))
+        return self.array.reshape([sizes.get(axis, 1) for axis in range(ndim)] + [self.array.shape[-1]])
+
+    def moved(self, ndim: int, move: Callable[[jax.Array], jax.Array]) -> Factor:
+        """The factor after an operation on the axes of its weight, given as one on the expanded array."""
+        return compact(move(self.expanded(ndim)))
+
+
+def compact(expanded: jax.Array) -> Factor:
+    """The factor that an array with all of a weight's axes, some of size 1, and the rank stands for."""
+    axes = tuple(axis for axis, n in enumerate(expanded.shape[:-1]) if n != 1)
+    return Factor(expanded.reshape(*(expanded.shape[axis] for axis in axes), expanded.shape[-1]), axes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """The weight `w + γ Σ_r a[..., r] b[..., r]`, without the sum being formed.
+
+    Each factor has some of the axes of `w` and broadcasts along the others. A transposition, a slice or a reshape of
+    the weight is then the same operation on the base and on each factor, and no rule needs to know which axes were in,
+    out or stacked.
+
+    Attributes:
+      w: the base, of the weight's shape and dtype.
+      a: the first factor.
+      b: the second factor.
+      key: PRNG keys for dropout on the input of the adapter, over stacked axes (a factor of rank 1), or `None`.
       path: where the weight stands in the tree, for error messages.
+      scale: γ, multiplied into the R-wide activations: the smallest thing that it can go to.
       dropout: the probability that an element of the input is dropped.
     """
 
     w: jax.Array
-    a: jax.Array
-    b: jax.Array
-    key: jax.Array | None
+    a: Factor
+    b: Factor
+    key: Factor | None
     path: str = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape S of the weight."""
+        """The shape of the weight."""
         return self.w.shape
 
     @property
@@ -52,50 +86,32 @@ class Factored:
         """The dtype of the base."""
         return self.w.dtype
 
-    def has(self, factor: jax.Array, axis: int) -> bool:
-        """Whether a factor depends on an axis (of size 1, no factor does)."""
-        return factor.shape[axis] != 1
+    @property
+    def rank(self) -> int:
+        """R, the size of the axis that is summed over."""
+        return self.a.array.shape[-1]
 
-    def delta(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """The product of the factors as one array of the weight's shape, summed over the rank in `dtype`."""
-        return jnp.broadcast_to(product(self.a.astype(dtype), self.b.astype(dtype)), self.shape)
+    def delta(self, dtype: jnp.dtype = jnp.float32, precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
+        """γ Σ_r a b, broadcast to the weight's shape; summed in `dtype`, in full precision on every platform."""
+        letters = string.ascii_letters[: self.ndim]
+        names = ["".join(letters[axis] for axis in factor.axes) for factor in (self.a, self.b)]
+        kept = [axis for axis in range(self.ndim) if axis in self.a.axes or axis in self.b.axes]
+        low = jnp.einsum(
+            f"{names[0]}Z,{names[1]}Z->{''.join(letters[axis] for axis in kept)}",
+            self.a.array.astype(dtype),
+            self.b.array.astype(dtype),
+            precision=precision,
+        )
+        low = low.reshape([n if axis in kept else 1 for axis, n in enumerate(self.shape)])
+        return jnp.broadcast_to(self.scale * low, self.shape)
 
     def added(self) -> jax.Array:
         """The weight as data (rows looked up in an embedding), added up in the base's dtype."""
-        low = product(self.a.astype(self.dtype), self.b.astype(self.dtype), precision=None)
-        return self.w + low.astype(self.dtype)
+        return self.w + self.delta(self.dtype, precision=None).astype(self.dtype)
 
     def dense(self) -> jax.Array:
         """The weight itself, added up in float32 and rounded once to the base's dtype."""
         return (self.w.astype(jnp.float32) + self.delta()).astype(self.dtype)
-
-
-def product(a: jax.Array, b: jax.Array, precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
-    """Sums the product of two broadcast factors over their last axis, the rank, as one matrix product.
-
-    Args:
-      a: [..., R], axes of size 1 broadcast against those of `b`.
-      b: [..., R], likewise.
-      precision: as in `jax.lax.dot_general`; by default float32 arithmetic on every platform.
-
-    Returns:
-      Σ_r a[..., r] b[..., r], of the broadcast shape.
-    """
-    letters = string.ascii_letters[: a.ndim - 1]
-    kept_a = [axis for axis in range(a.ndim - 1) if a.shape[axis] != 1]
-    kept_b = [axis for axis in range(b.ndim - 1) if b.shape[axis] != 1]
-    kept = [axis for axis in range(a.ndim - 1) if axis in kept_a or axis in kept_b]
-
-    def names(axes: Sequence[int]) -> str:
-        return "".join(letters[axis] for axis in axes)
-
-    summed = jnp.einsum(
-        f"{names(kept_a)}Z,{names(kept_b)}Z->{names(kept)}",
-        a.reshape([a.shape[axis] for axis in kept_a] + [a.shape[-1]]),
-        b.reshape([b.shape[axis] for axis in kept_b] + [b.shape[-1]]),
-        precision=precision,
-    )
-    return summed.reshape([max(m, n) for m, n in zip(a.shape[:-1], b.shape[:-1], strict=True)])
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 
-from lora_jax.factored import Factored
+from lora_jax.factored import Factor, Factored
 
 
 class Axes(NamedTuple):
@@ -46,9 +45,12 @@ class LoRA:
 
     Both factors are float32 whatever the base's dtype, and are cast to the data's dtype where they are used.
 
+    Both end in the rank, so that bringing them into the layout of any weight is a reshape and moves nothing. As
+    matrices they are a_DR and b_FR, the transposes of the papers' A and PEFT's B itself.
+
     Attributes:
       a: [*stacked, *in, R].
-      b: [*stacked, R, *out].
+      b: [*stacked, *out, R].
       scale: γ, α/r or α/√r.
       axes: where the stacked, in and out axes are in the weight.
       dropout: the probability with which an element of the adapter's input is dropped while a key is attached.
@@ -67,25 +69,16 @@ class LoRA:
         """The number of columns of `a`."""
         return self.a.shape[-1]
 
-    def factors(self) -> tuple[jax.Array, jax.Array]:
-        """`γ a` and `b` in the weight's own layout: its axes (1 where a factor has none), then the rank."""
-        stacked, inp, out = self.axes
-        n = len(stacked)
-        rank_last = jnp.moveaxis(self.b, n, -1)
-        return (
-            _laid_out(self.a * self.scale, (*stacked, *inp), out),
-            _laid_out(rank_last, (*stacked, *out), inp),
-        )
-
     def factored(self, w: jax.Array, path: str, key: jax.Array | None = None) -> Factored:
         """The weight `w + γ a b`; `key` turns dropout on, with a key of its own for each path and stacked layer."""
-        a, b = self.factors()
-        return Factored(w, a, b, self._keys(path, key), path, self.dropout)
+        stacked, inp, out = self.axes
+        a, b = _factor(self.a, (*stacked, *inp)), _factor(self.b, (*stacked, *out))
+        return Factored(w, a, b, self._keys(path, key), path, self.scale, self.dropout)
 
     def check(self, path: str, shape: Sequence[int]) -> None:
         """Raises ValueError unless `a` and `b` fit a weight of this shape."""
         stacked, inp, out = ([shape[axis] for axis in axes if axis < len(shape)] for axes in self.axes)
-        want = ([*stacked, *inp, self.rank], [*stacked, self.rank, *out])
+        want = ([*stacked, *inp, self.rank], [*stacked, *out, self.rank])
         have = (list(self.a.shape), list(self.b.shape))
         if want != have or sorted(axis for axes in self.axes for axis in axes) != list(range(len(shape))):
             raise ValueError(
@@ -93,18 +86,18 @@ class LoRA:
                 f"a is {have[0]}, should be {want[0]}; b is {have[1]}, should be {want[1]}"
             )
 
-    def _keys(self, path: str, key: jax.Array | None) -> jax.Array | None:
+    def _keys(self, path: str, key: jax.Array | None) -> Factor | None:
         if key is None or not self.dropout:
             return None
-        keys = jax.random.split(fold_path(key, path), self.a.shape[: len(self.axes.stacked)])
-        return _laid_out(keys[..., None], self.axes.stacked, (*self.axes.inp, *self.axes.out))
+        stacked = self.axes.stacked
+        return _factor(jax.random.split(fold_path(key, path), self.a.shape[: len(stacked)])[..., None], stacked)
 
 
-def _laid_out(factor: jax.Array, axes: Sequence[int], absent: Sequence[int]) -> jax.Array:
-    # The factor's axes are `axes` of the weight, then one more; afterwards all of the weight's, in its order.
-    full = jnp.expand_dims(factor, tuple(range(len(axes), len(axes) + len(absent))))
-    order = [*axes, *absent]
-    return full.transpose(*(order.index(axis) for axis in range(len(order))), len(order))
+def _factor(array: jax.Array, axes: tuple[int, ...]) -> Factor:
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    if order != list(range(len(axes))):
+        array = array.transpose(*order, len(axes))
+    return Factor(array, tuple(sorted(axes)))
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.factored import Factored, reshape_groups
+from lora_jax.factored import Factor, Factored, compact, reshape_groups
 
 Bind = Callable[..., list[Any]]
 Rule = Callable[[dict[str, Any], Sequence[Any], Bind], list[Any]]
@@ -47,9 +47,19 @@ def only(args: Sequence[Any], position: int) -> Factored:
 
 
 def rearranged(weight: Factored, w: jax.Array, move: Callable[[jax.Array], jax.Array]) -> Factored | jax.Array:
-    """The weight after an operation on its axes: `w` is the base's result, `move` does the same to a factor."""
-    key = None if weight.key is None else move(weight.key)
-    return settled(dataclasses.replace(weight, w=w, a=move(weight.a), b=move(weight.b), key=key))
+    """The weight after an operation on its axes.
+
+    Args:
+      weight: before.
+      w: what the operation made of the base.
+      move: does the same to a factor expanded to the weight's axes, of size 1 where it has none, and the rank.
+
+    Returns:
+      The weight after.
+    """
+    a, b = (factor.moved(weight.ndim, move) for factor in (weight.a, weight.b))
+    key = None if weight.key is None else weight.key.moved(weight.ndim, move)
+    return settled(dataclasses.replace(weight, w=w, a=a, b=b, key=key))
 
 
 def settled(weight: Factored) -> Factored | jax.Array:
@@ -82,14 +92,14 @@ def _keep(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
 @rule("stop_gradient")
 def _stop_gradient(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     weight = only(args, 0)
-    w, a, b = bind(weight.w)[0], lax.stop_gradient(weight.a), lax.stop_gradient(weight.b)
-    return [dataclasses.replace(weight, w=w, a=a, b=b)]
+    a, b = lax.stop_gradient((weight.a, weight.b))
+    return [dataclasses.replace(weight, w=bind(weight.w)[0], a=a, b=b)]
 
 
 @rule("neg")
 def _neg(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     weight = only(args, 0)
-    return [dataclasses.replace(weight, w=-weight.w, a=-weight.a)]
+    return [dataclasses.replace(weight, w=-weight.w, a=dataclasses.replace(weight.a, array=-weight.a.array))]
 
 
 @rule("mul")
@@ -108,8 +118,8 @@ def _scaled(args: Sequence[Any], position: int, bind: Bind) -> list[Any]:
         raise NoRule("a weight may be scaled by a scalar, not by an array")
     operands, one = list(args), list(args)
     operands[position], one[position] = weight.w, jnp.ones((), weight.dtype)
-    ratio = bind(*one)[0].astype(weight.a.dtype)
-    return [dataclasses.replace(weight, w=bind(*operands)[0], a=weight.a * ratio)]
+    a = weight.a.array * bind(*one)[0].astype(weight.a.array.dtype)
+    return [dataclasses.replace(weight, w=bind(*operands)[0], a=dataclasses.replace(weight.a, array=a))]
 
 
 @rule("transpose")
@@ -133,7 +143,7 @@ def _reshape(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
     def move(factor: jax.Array) -> jax.Array:
         shape = [1] * len(new)
         for old_axes, new_axes in groups:
-            present = [weight.has(factor, axis) for axis in old_axes]
+            present = [factor.shape[axis] != 1 for axis in old_axes]
             if all(present):
                 for axis in new_axes:
                     shape[axis] = new[axis]
@@ -171,7 +181,7 @@ def _slice(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]
     windows = [slice(*w) for w in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
 
     def move(factor: jax.Array) -> jax.Array:
-        return factor[tuple(w if weight.has(factor, axis) else slice(None) for axis, w in enumerate(windows))]
+        return factor[tuple(w if factor.shape[axis] != 1 else slice(None) for axis, w in enumerate(windows))]
 
     return [rearranged(weight, bind(weight.w)[0], move)]
 
@@ -182,8 +192,8 @@ def _dynamic_slice(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> l
 
     def move(factor: jax.Array) -> jax.Array:
         zero = jnp.zeros((), starts[0].dtype)
-        start = [s if weight.has(factor, axis) else zero for axis, s in enumerate(starts)]
-        sizes = [n if weight.has(factor, axis) else 1 for axis, n in enumerate(params["slice_sizes"])]
+        start = [s if factor.shape[axis] != 1 else zero for axis, s in enumerate(starts)]
+        sizes = [n if factor.shape[axis] != 1 else 1 for axis, n in enumerate(params["slice_sizes"])]
         return lax.dynamic_slice(factor, [*start, zero], [*sizes, factor.shape[-1]])
 
     return [rearranged(weight, bind(weight.w, *starts)[0], move)]
@@ -196,7 +206,7 @@ def _split(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]
 
     def window(i: int) -> Callable[[jax.Array], jax.Array]:
         def move(factor: jax.Array) -> jax.Array:
-            if not weight.has(factor, axis):
+            if factor.shape[axis] == 1:
                 return factor
             return lax.slice_in_dim(factor, ends[i] - params["sizes"][i], ends[i], axis=axis)
 
@@ -210,7 +220,7 @@ def _unstack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
     weight, axis = only(args, 0), params["axis"]
 
     def pick(i: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda f: lax.index_in_dim(f, i if weight.has(f, axis) else 0, axis, keepdims=False)
+        return lambda f: lax.index_in_dim(f, i if f.shape[axis] != 1 else 0, axis, keepdims=False)
 
     return [rearranged(weight, w, pick(i)) for i, w in enumerate(bind(weight.w))]
 
@@ -224,7 +234,7 @@ def _stack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]
 def _concatenate(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     axis = params["dimension"]
     for arg in args:
-        if isinstance(arg, Factored) and any(f.shape[axis] != arg.shape[axis] for f in (arg.a, arg.b)):
+        if isinstance(arg, Factored) and arg.shape[axis] != 1 and not (axis in arg.a.axes and axis in arg.b.axes):
             raise NoRule("weights are joined along an axis of one factor")
     return [_joined(args, bind, lambda factors: jnp.concatenate(factors, axis))]
 
@@ -232,14 +242,18 @@ def _concatenate(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> lis
 def _joined(args: Sequence[Any], bind: Bind, join: Callable[[list[jax.Array]], jax.Array]) -> Factored:
     if not all(isinstance(arg, Factored) for arg in args):
         raise NoRule("adapted and other weights are joined; give all of them an adapter, or none")
-    if len({(arg.shape, arg.a.shape, arg.b.shape, arg.dropout) for arg in args}) > 1:
-        raise NoRule("weights of different shapes or ranks are joined")
+    if len({(arg.shape, arg.rank, arg.a.axes, arg.b.axes, arg.scale, arg.dropout) for arg in args}) > 1:
+        raise NoRule("weights of different shapes, ranks or scales are joined")
+
+    def joined(factors: Sequence[Factor]) -> Factor:
+        return compact(join([factor.expanded(args[0].ndim) for factor in factors]))
+
     return dataclasses.replace(
         args[0],
         w=bind(*(arg.w for arg in args))[0],
-        a=join([arg.a for arg in args]),
-        b=join([arg.b for arg in args]),
-        key=None if args[0].key is None else join([arg.key for arg in args]),
+        a=joined([arg.a for arg in args]),
+        b=joined([arg.b for arg in args]),
+        key=None if args[0].key is None else joined([arg.key for arg in args]),
         path=", ".join(dict.fromkeys(arg.path for arg in args)),
     )
 
@@ -251,7 +265,7 @@ def dropped(weight: Factored, x: jax.Array) -> jax.Array:
     """The input of the adapter: `x`, with dropout if the weight carries a key."""
     if weight.key is None or not weight.dropout:
         return x
-    keep = jax.random.bernoulli(weight.key.reshape(-1)[0], 1 - weight.dropout, x.shape)
+    keep = jax.random.bernoulli(weight.key.array.reshape(-1)[0], 1 - weight.dropout, x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - weight.dropout, x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -283,37 +297,30 @@ def contract(
     """
     sizes = dict(zip(weight_axes, weight.shape, strict=True)) | dict(zip(x_axes, x.shape, strict=True))
     rank = next(letter for letter in string.ascii_letters if letter not in sizes)
-    sizes[rank] = weight.a.shape[-1]
-    names = [
-        [letter for axis, letter in enumerate(weight_axes) if weight.has(factor, axis)] + [rank]
-        for factor in (weight.a, weight.b)
-    ]
+    sizes[rank] = weight.rank
+    factors = [("".join(weight_axes[axis] for axis in f.axes) + rank, f.array) for f in (weight.a, weight.b)]
 
     def cost(letters: set[str]) -> int:
         return math.prod(sizes[letter] for letter in letters)
 
-    def between(first: list[str], second: list[str]) -> list[str]:
+    def between(first: str, second: str) -> str:
         needed = {*out_axes, *second}
-        return [letter for letter in dict.fromkeys([*x_axes, *first]) if letter in needed]
+        return "".join(letter for letter in dict.fromkeys(x_axes + first) if letter in needed)
 
-    def total(first: list[str], second: list[str]) -> int:
+    def total(first: str, second: str) -> int:
         return cost({*x_axes, *first}) + cost({*between(first, second), *second})
 
-    factors = [weight.a, weight.b]
-    if total(names[1], names[0]) < total(names[0], names[1]):
+    (a_axes, _), (b_axes, _) = factors
+    if total(b_axes, a_axes) < total(a_axes, b_axes):
         factors.reverse()
-        names.reverse()
-    first, second = (
-        factor.reshape([sizes[letter] for letter in letters]).astype(x.dtype)
-        for factor, letters in zip(factors, names, strict=True)
-    )
-    middle = between(*names)
-    present = [letter for letter in out_axes if letter in middle or letter in names[1]]
-    t = jnp.einsum(f"{x_axes},{''.join(names[0])}->{''.join(middle)}", dropped(weight, x), first, precision=precision)
+    (first, down), (second, up) = factors
+    middle = between(first, second)
+    present = "".join(letter for letter in out_axes if letter in middle or letter in second)
+    t = jnp.einsum(f"{x_axes},{first}->{middle}", dropped(weight, x), down.astype(x.dtype), precision=precision)
     y = jnp.einsum(
-        f"{''.join(middle)},{''.join(names[1])}->{''.join(present)}",
-        t,
-        second,
+        f"{middle},{second}->{present}",
+        t * weight.scale,
+        up.astype(x.dtype),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
@@ -361,17 +368,16 @@ def _ragged_dot(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list
     order = (group, w_in[0], kept[0])
     experts, d, f = (weight.shape[axis] for axis in order)
 
-    def factor(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        value = lax.transpose(value, (*order, weight.ndim))
-        return jnp.broadcast_to(value, (experts, *value.shape[1:])).reshape(shape).astype(x.dtype)
+    def factor(factor: Factor, n: int) -> jax.Array:
+        value = lax.transpose(factor.expanded(weight.ndim), (*order, weight.ndim))
+        return jnp.broadcast_to(value, (experts, *value.shape[1:])).reshape(experts, n, weight.rank).astype(x.dtype)
 
-    if weight.has(weight.a, w_in[0]) == weight.has(weight.b, w_in[0]):
+    if (w_in[0] in weight.a.axes) == (w_in[0] in weight.b.axes):
         raise NoRule("the contracted axis of ragged_dot must be in one factor")
-    first, second = (weight.a, weight.b) if weight.has(weight.a, w_in[0]) else (weight.b, weight.a)
-    rank = first.shape[-1]
+    first, second = (weight.a, weight.b) if w_in[0] in weight.a.axes else (weight.b, weight.a)
     x_MD = x if x_in[0] == 1 else x.T
-    t_MR = lax.ragged_dot(dropped(weight, x_MD), factor(first, (experts, d, rank)), groups)
-    low = lax.ragged_dot(t_MR, factor(second, (experts, f, rank)).swapaxes(1, 2), groups)
+    t_MR = weight.scale * lax.ragged_dot(dropped(weight, x_MD), factor(first, d), groups)
+    low = lax.ragged_dot(t_MR, factor(second, f).swapaxes(1, 2), groups)
     y = bind(x, weight.w, groups)[0]
     return [y + low.astype(y.dtype)]
 
@@ -390,20 +396,20 @@ def _gather(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any
     def move(factor: jax.Array) -> jax.Array:
         shape = [1] * w.ndim + [factor.shape[-1]]
         for out_axis, axis in zip(offset, sliced, strict=True):
-            shape[out_axis] = sizes[axis] if weight.has(factor, axis) else 1
-        if not any(weight.has(factor, axis) for axis in indexed):
+            shape[out_axis] = sizes[axis] if factor.shape[axis] != 1 else 1
+        if not any(factor.shape[axis] != 1 for axis in indexed):
             return factor.reshape(shape)
-        if not all(weight.has(factor, axis) for axis in numbers.operand_batching_dims):
+        if not all(factor.shape[axis] != 1 for axis in numbers.operand_batching_dims):
             raise NoRule("a batched gather along an axis of one factor")
         for out_axis in batch:
             shape[out_axis] = w.shape[out_axis]
         # An index along an axis that this factor does not have must not move it.
-        there = jnp.array([weight.has(factor, axis) for axis in numbers.start_index_map])
+        there = jnp.array([factor.shape[axis] != 1 for axis in numbers.start_index_map])
         picked = lax.gather(
             factor,
             jnp.where(there, indices, jnp.zeros((), indices.dtype)),
             numbers._replace(offset_dims=(*offset, w.ndim)),
-            [n if weight.has(factor, axis) else 1 for axis, n in enumerate(sizes)] + [factor.shape[-1]],
+            [n if factor.shape[axis] != 1 else 1 for axis, n in enumerate(sizes)] + [factor.shape[-1]],
             mode=params["mode"],
             indices_are_sorted=params["indices_are_sorted"],
             unique_indices=params["unique_indices"],
@@ -411,10 +417,11 @@ def _gather(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any
         )
         return picked.reshape(shape)
 
-    looked_up = [axis for axis in indexed if weight.has(weight.a, axis) != weight.has(weight.b, axis)]
+    looked_up = [axis for axis in indexed if (axis in weight.a.axes) != (axis in weight.b.axes)]
     if not looked_up:  # a layer or an expert was picked: what is left is still a weight
         return [rearranged(weight, w, move)]
-    return [dataclasses.replace(weight, w=w, a=move(weight.a), b=move(weight.b), key=None).added()]
+    a, b = (factor.moved(weight.ndim, move) for factor in (weight.a, weight.b))
+    return [dataclasses.replace(weight, w=w, a=a, b=b, key=None).added()]
 
 
 @rule("conv_general_dilated")
@@ -426,12 +433,11 @@ def _conv(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     if params["batch_group_count"] != 1:
         raise NoRule("a convolution with batch groups")
     inner, outer = weight.a, weight.b
-    if weight.has(inner, out_axis) or any(weight.has(outer, axis) for axis in window):
+    if out_axis in inner.axes:
         inner, outer = outer, inner
-    if weight.has(inner, out_axis) or any(weight.has(outer, axis) for axis in window):
+    if out_axis in inner.axes or any(axis in outer.axes for axis in window):
         raise NoRule("a convolution whose output axis is not in a factor of its own")
-    rank = inner.shape[-1]
-    kernel = jnp.moveaxis(jnp.squeeze(inner, out_axis), -1, out_axis)
+    kernel = jnp.moveaxis(jnp.squeeze(inner.expanded(weight.ndim), out_axis), -1, out_axis)
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis).astype(x.dtype)
     t = lax.conv_general_dilated(
         dropped(weight, x),
@@ -444,10 +450,9 @@ def _conv(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
         groups,
         precision=params["precision"],
     )
-    t = jnp.moveaxis(t, feature, -1)
-    t = t.reshape(*t.shape[:-1], groups, rank)
-    up = outer.reshape(-1, rank)
-    up = jnp.broadcast_to(up, (weight.shape[out_axis], rank)).reshape(groups, -1, rank).astype(x.dtype)
+    t = weight.scale * jnp.moveaxis(t, feature, -1)
+    t = t.reshape(*t.shape[:-1], groups, weight.rank)
+    up = outer.array.reshape(groups, -1, weight.rank).astype(x.dtype)
     low = jnp.einsum(
         "...gr,gor->...go",
         t,

@@ -179,7 +179,7 @@ def init(key: jax.Array, params: Tree, sites: Sites, spec: Spec) -> dict[str, Lo
 
 def _init_one(key: jax.Array, site: Site, rule: Rule) -> LoRA:
     stacked, inp, out = (tuple(site.shape[axis] for axis in axes) for axes in site.axes)
-    shape_a, shape_b = (*stacked, *inp, rule.rank), (*stacked, rule.rank, *out)
+    shape_a, shape_b = (*stacked, *inp, rule.rank), (*stacked, *out, rule.rank)
     key = fold_path(key, site.path)
     if site.kind == "embedding":
         a, b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)

@@ -284,7 +284,7 @@ def test_attach_checks_paths_and_shapes(one):
     params, adapters, _ = one
     with pytest.raises(ValueError, match=r"no parameter 'v' for this adapter; nearest: 'w'"):
         lora.attach(params, {"v": adapters["w"]})
-    with pytest.raises(ValueError, match=r"'w' does not fit its weight \[6, 7\].*b is \[2, 6\], should be \[2, 7\]"):
+    with pytest.raises(ValueError, match=r"'w' does not fit its weight \[6, 7\].*b is \[6, 2\], should be \[7, 2\]"):
         lora.attach({"w": jnp.ones((6, 7))}, adapters)
 
 

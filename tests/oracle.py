@@ -15,7 +15,7 @@ def adapter(key, shape, axes: Axes, rank=2, scale=0.7, dropout=0.0) -> LoRA:
     stacked, inp, out = ([shape[axis] for axis in group] for group in axes)
     key_a, key_b = jax.random.split(key)
     a = jax.random.normal(key_a, (*stacked, *inp, rank)) / math.sqrt(math.prod(inp))
-    b = jax.random.normal(key_b, (*stacked, rank, *out))
+    b = jax.random.normal(key_b, (*stacked, *out, rank))
     return LoRA(a, b, scale, axes, dropout)
 
 
@@ -25,8 +25,8 @@ def dense_delta(lora_adapter: LoRA) -> np.ndarray:
     a, b = np.asarray(lora_adapter.a, np.float64), np.asarray(lora_adapter.b, np.float64)
     n = len(stacked)
     stack, rank = a.shape[:n], a.shape[-1]
-    full = np.matmul(a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1))
-    full = full.reshape(*stack, *a.shape[n:-1], *b.shape[n + 1 :])
+    full = np.matmul(a.reshape(*stack, -1, rank), np.swapaxes(b.reshape(*stack, -1, rank), -1, -2))
+    full = full.reshape(*stack, *a.shape[n:-1], *b.shape[n:-1])
     return lora_adapter.scale * np.transpose(full, np.argsort([*stacked, *inp, *out]))
 
 
@@ -84,6 +84,6 @@ def _traceable_delta(lora_adapter: LoRA, a, b):
     stacked, inp, out = lora_adapter.axes
     n, rank = len(stacked), a.shape[-1]
     stack = a.shape[:n]
-    full = jnp.matmul(a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1))
-    full = full.reshape(*stack, *a.shape[n:-1], *b.shape[n + 1 :])
+    full = jnp.matmul(a.reshape(*stack, -1, rank), jnp.swapaxes(b.reshape(*stack, -1, rank), -1, -2))
+    full = full.reshape(*stack, *a.shape[n:-1], *b.shape[n:-1])
     return lora_adapter.scale * jnp.transpose(full, np.argsort([*stacked, *inp, *out]))
