@@ -1,0 +1,89 @@
+"""Configs, records, the progress line and the report."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import config as settings
+from train import loop, report
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files_say_what_to_expect_and_can_be_meant(path):
+    source = path.read_text()
+    for word in ("Reproduces:", "Command:", "Hardware:", "Expected:"):
+        assert word in ast.get_docstring(ast.parse(source))
+    names: dict = {}
+    exec(compile(source, path, "exec"), names)
+    config = names["get_config"]()
+    settings.check(config)
+    with pytest.raises(AttributeError, match="locked"):
+        config.optim.learning_rate = 1.0
+
+
+def test_schedules():
+    config = settings.sft()
+    config.optim.lr, config.steps = 1.0, 4
+    np.testing.assert_allclose([settings.schedule(config)(i) for i in range(4)], [1, 0.75, 0.5, 0.25])
+    config.optim.schedule = "constant"
+    np.testing.assert_allclose([settings.schedule(config)(i) for i in range(4)], 1)
+
+
+def test_what_happened_after_a_checkpoint_is_recorded_once(tmp_path):
+    first = loop.Record(tmp_path, -1)
+    for step in range(5):
+        first.metrics(step, loss=float(step))
+        first.sample(step, said=str(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed here
+    again = loop.Record(tmp_path, 2)
+    again.metrics(3, loss=30.0)
+    again.close()
+    assert [line["loss"] for line in loop.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 30]
+    assert [line["said"] for line in loop.read(tmp_path / "samples.jsonl")] == ["0", "1", "2"]
+    assert not list(tmp_path.glob("*.part"))
+    loop.Record(tmp_path, -1).close()
+    assert loop.read(tmp_path / "metrics.jsonl") == []
+
+
+def test_begin_tells_what_has_changed_and_remembers_when(tmp_path, capsys):
+    config = {"optim": {"lr": 1.0}, "exclude": (), "steps": 3}
+    loop.begin(tmp_path / "run", config)
+    assert capsys.readouterr().out == ""
+    started = loop.started(tmp_path / "run")
+    loop.begin(tmp_path / "run", config)
+    assert capsys.readouterr().out == ""
+    loop.begin(tmp_path / "run", {**config, "optim": {"lr": 2.0}})
+    assert capsys.readouterr().out == "changed since the last start: optim.lr 1.0 -> 2.0\n"
+    assert loop.started(tmp_path / "run") == started
+    assert loop.resolved(tmp_path / "run")["optim"] == {"lr": 2.0}
+
+
+def test_speed_leaves_out_the_step_that_compiles_and_what_is_skipped(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 100.0, 101.0, 150.0, 152.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    with loop.Progress(steps=4, step=0) as progress:
+        progress.update(1, 1.0, 60)  # 100 s
+        assert progress.update(2, 1.0, 60) == 60  # 1 s
+        progress.skip()
+        assert progress.update(3, 0.5, 60) == 30  # 2 s
+    assert "step 3/4  loss 0.5000  40 tokens/s  0:00:02 left" in capsys.readouterr().out
+
+
+def test_report(tmp_path, capsys):
+    lines = [{"step": 0, "heldout_loss": 3.0, "exact_match": 0.0}, {"step": 1, "loss": 2.0}]
+    lines += [{"step": 1, "heldout_loss": 2.0, "exact_match": 0.5}, {"step": 2, "heldout_loss": 1, "exact_match": 0.75}]
+    samples = [{"step": step, "question": "1 | 1", "expected": "2", "said": said} for step, said in enumerate("abc")]
+    for name, values in (("metrics", lines), ("samples", samples)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    report.close(tmp_path, "sums")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["held-out loss 3.0000 -> 1.0000", "exact match 0.0% -> 75.0%"]
+    text = (tmp_path / "report.md").read_text()
+    assert "| 1 \\| 1 | 2 | a | c |" in text and "exact match 0.0% -> 75.0%" in text
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
