@@ -21,12 +21,9 @@ from train import loop, sft
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs that differ in their data alone compile the same programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+def quick():
+    with tiny.quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")

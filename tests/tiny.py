@@ -1,7 +1,9 @@
 """A tiny random Llama folder with a tokenizer of its own, for tests that run whole scripts in seconds."""
 
+import contextlib
 import json
 
+import jax
 import numpy as np
 import safetensors.numpy
 import tokenizers
@@ -65,6 +67,14 @@ def write(folder, template: str | None = CHATML, seed: int = 0, **changes):
     }
     safetensors.numpy.save_file(tensors, folder / reader.WEIGHTS)
     return folder
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """For tests whose programs run for less time than they take to compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def write_jsonl(path, values):
