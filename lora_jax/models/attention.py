@@ -79,4 +79,4 @@ def masked(q_BTHh: jax.Array, k_BKSh: jax.Array, v_BKSh: jax.Array, mask_BTS: ja
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
-_checkpointed = jax.checkpoint(masked, prevent_cse=False)
+_checkpointed = jax.checkpoint(masked)

@@ -47,9 +47,15 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The normalised x, in its dtype."""
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return normalised(x, self.scale[...], self.eps)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def normalised(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm, its backward pass keeping x alone, in its own dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -125,11 +131,11 @@ def _model(params: Params, config: DecoderConfig) -> Decoder:
 
     A kernel reshaped inside the scan would be saved, layer by layer, for the backward pass.
     """
+    L, D = config.layers, config.dim
     layers = dict(params["layers"])
-    for name, rows in {"q_proj": config.dim, "k_proj": config.dim, "v_proj": config.dim, "o_proj": -1}.items():
-        columns = config.dim if rows == -1 else -1
-        kernel = layers[name]["kernel"].reshape(config.layers, rows, columns)
-        layers[name] = {**layers[name], "kernel": kernel}
+    into, out = (L, D, -1), (L, -1, D)
+    for name, shape in {"q_proj": into, "k_proj": into, "v_proj": into, "o_proj": out}.items():
+        layers[name] = {**layers[name], "kernel": layers[name]["kernel"].reshape(shape)}
     return nnx.merge(_graph(config), {**params, "layers": layers})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
@@ -47,7 +48,7 @@ def generate(
         raise ValueError(f"temperature={temperature} draws tokens: give generate a key, or temperature=0.0")
     if max_new < 1:
         raise ValueError(f"max_new={max_new}: generate adds at least 1 token")
-    if not isinstance(prompt_lengths_B, jax.core.Tracer) and np.min(prompt_lengths_B) < 1:
+    if not isinstance(prompt_lengths_B, Tracer) and np.min(prompt_lengths_B) < 1:
         raise ValueError(f"prompt_lengths_B={np.asarray(prompt_lengths_B)}: every prompt needs at least 1 token")
     return _generate(
         params,

@@ -45,6 +45,7 @@ def cross_entropy(
     weights_BT = weights_BT.astype(jnp.float32)
     chunks = [_split(x, chunk or targets_BT.size) for x in (hidden_BTD, targets_BT, weights_BT)]
     part = "embed" if config.tied else "head"
+    total: Any
     if frozen_head:
         total = _with_frozen_head(config, {part: params[part]}, *chunks)
     elif chunk is None:
