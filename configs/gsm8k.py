@@ -3,7 +3,7 @@
 Reproduces: the loss on held-out solutions falls.
 Command:    LORA_JAX_DATA=<folder with gsm8k/train.jsonl> python -m train.sft --config=configs/gsm8k.py
 Hardware:   two CPU cores.
-Expected:   see docs/results.md.
+Expected:   not measured yet.
 """
 
 import os
