@@ -25,7 +25,7 @@ lint: $(VENV)/.test
 	$(IN) pyright
 
 benchmark: $(VENV)/.test  ## a LoRA step beside PyTorch and PEFT; leave the machine alone meanwhile
-	$(IN) benchmarks.step
+	$(VENV)/bin/python benchmarks/step.py
 
 clean:
 	rm -rf $(VENV)
