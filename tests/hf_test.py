@@ -114,7 +114,7 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def theirs():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("tiny_llama").transformers
     path = hf.packaged()
     place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return (

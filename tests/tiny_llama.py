@@ -5,6 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # its threads spin where other processes want the cores
 
 SMALL = {
     "vocab_size": 64,

@@ -48,7 +48,6 @@ def causal(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT:
     outputs = []
     for start in range(0, T, block):
         rows, end = slice(start, start + block), min(start + block, T)
-        mask = index_T[rows, None] >= index_T[:end]
         same = True if segments_BT is None else segments_BT[:, rows, None] == segments_BT[:, None, :end]
         mask = (index_T[rows, None] >= index_T[:end]) & same
         mask = jnp.broadcast_to(mask, (q_BTHh.shape[0], *mask.shape[-2:]))
