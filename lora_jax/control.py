@@ -110,7 +110,7 @@ def _moving(weight: Factored) -> tuple[dict[str, jax.Array], Factored]:
 
 def _layer(weight: Factored, slices: dict[str, jax.Array]) -> Factored | jax.Array:
     def layer(name: str) -> Factor | None:
-        factor = getattr(weight, name)
+        factor: Factor | None = getattr(weight, name)
         return factor and Factor(slices.get(name, factor.array), tuple(axis - 1 for axis in factor.axes if axis))
 
     return settled(dataclasses.replace(weight, w=slices["w"], **{name: layer(name) for name in ("a", "b", "key")}))

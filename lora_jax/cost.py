@@ -37,7 +37,7 @@ def _count(jaxpr: Jaxpr) -> int:
 def _operations(eqn: JaxprEqn) -> int:
     name = eqn.primitive.name
     if name in _PRODUCTS:
-        return 2 * eqn.outvars[0].aval.size * _PRODUCTS[name](eqn)
+        return 2 * math.prod(_jaxpr.shape(eqn.outvars[0])) * _PRODUCTS[name](eqn)
     inner = [_count(jaxpr) for jaxpr in jaxprs_in_params(eqn.params)]
     if name == "cond":
         return max(inner)
@@ -49,22 +49,21 @@ def _operations(eqn: JaxprEqn) -> int:
 
 def _dot(eqn: JaxprEqn) -> int:
     (contracting, _), _ = eqn.params["dimension_numbers"]
-    return math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
+    return math.prod(_jaxpr.shape(eqn.invars[0])[axis] for axis in contracting)
 
 
 def _ragged_dot(eqn: JaxprEqn) -> int:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracting, _), _ = numbers.dot_dimension_numbers
-    n = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
-    groups = eqn.invars[2].aval.shape[-1]
+    n = math.prod(_jaxpr.shape(eqn.invars[0])[axis] for axis in contracting)
+    groups = _jaxpr.shape(eqn.invars[2])[-1]
     # Where the groups divide the contracted axis, each of them has only its share of it, on average.
     return n // groups if set(numbers.lhs_ragged_dimensions) & set(contracting) else n
 
 
 def _convolution(eqn: JaxprEqn) -> int:
-    out_axis, *contracted = eqn.params["dimension_numbers"].rhs_spec
-    del out_axis
-    return math.prod(eqn.invars[1].aval.shape[axis] for axis in contracted)
+    _, *contracted = eqn.params["dimension_numbers"].rhs_spec
+    return math.prod(_jaxpr.shape(eqn.invars[1])[axis] for axis in contracted)
 
 
 _PRODUCTS: dict[str, Callable[[JaxprEqn], int]] = {
