@@ -5,6 +5,7 @@ V vocabulary, L layers. The layers' parameters are stacked on a leading axis L a
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,22 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models import attention
 from lora_jax.models.config import DecoderConfig
 
+
+def _narrow(primitive: Any, *operands: Any, **params: Any) -> bool:
+    # The result of a product that is much narrower than its input costs little to keep and much to make again.
+    if primitive is not jax.lax.dot_general_p:
+        return False
+    (contracted, _), (batch, _) = params["dimension_numbers"]
+    depth = math.prod(operands[0].shape[axis] for axis in contracted)
+    return not batch and 8 * (operands[1].size // depth) < depth
+
+
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("kept"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _narrow, jax.checkpoint_policies.save_only_these_names("kept")
+    ),
 }
 Params = Any
 Cache = dict[str, jax.Array]
