@@ -17,7 +17,7 @@ test: $(VENV)/.test  ## everything that takes seconds
 	$(IN) pytest -m "not slow" -n $(JOBS)
 
 test-slow: $(VENV)/.test $(VENV)/.compilers  ## the rest: real weights, crashes, compilers for TPU and H100
-	$(IN) pytest -m slow -n $(JOBS)
+	$(IN) pytest -m slow -n $(JOBS) --dist loadfile  # one process at a time may hold the TPU compiler
 
 lint: $(VENV)/.test
 	$(IN) ruff check .
