@@ -179,14 +179,7 @@ def negative_log_likelihood(
     weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
     hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
     targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
-    if not chunk:
-        return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape)
-
-    def whole(x):  # all rows as one, padded to whole chunks
-        x = x.reshape(1, -1, *x.shape[2:])
-        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
-
-    return loss.cross_entropy(params, whole(hidden_BSD), whole(targets_BS), whole(weights_BS), shape, chunk)
+    return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape, chunk or None)
 
 
 def make_update(
