@@ -3,7 +3,7 @@
 Reproduces: the loss on held-out solutions falls.
 Command:    LORA_JAX_DATA=<folder with gsm8k/train.jsonl> python -m train.sft --config=configs/gsm8k.py
 Hardware:   two CPU cores.
-Expected:   not measured yet.
+Expected:   held-out loss 1.306 -> 0.687 (docs/results.md).
 """
 
 import os
@@ -17,13 +17,13 @@ def get_config():
     config.data.source = os.path.join(os.environ.get("LORA_JAX_DATA", "../shared/data"), "gsm8k", "train.jsonl")
     config.data.prompt = "question"
     config.data.completion = "answer"
-    config.data.length = 384
+    config.data.length = 256
     config.data.pack = True
-    config.data.heldout = 128
+    config.data.heldout = 64
     config.steps = 200
-    config.batch_size = 4
+    config.batch_size = 2
     config.optim.lr = 1e-3
-    config.eval.every = 50
+    config.eval.every = 100
     config.eval.answers = 4
-    config.eval.max_new = 192
+    config.eval.max_new = 128
     return config
