@@ -22,7 +22,7 @@ test-slow: $(VENV)/.test $(VENV)/.compilers  ## the rest: real weights, crashes,
 lint: $(VENV)/.test
 	$(IN) ruff check .
 	$(IN) ruff format --check .
-	$(IN) pyright
+	$(IN) pyright --pythonpath $(VENV)/bin/python
 
 benchmark: $(VENV)/.test  ## a LoRA step beside PyTorch and PEFT; leave the machine alone meanwhile
 	$(VENV)/bin/python benchmarks/step.py
