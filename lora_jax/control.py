@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,7 +20,8 @@ from jax.extend.core import primitives as P
 
 from lora_jax import _jaxpr
 from lora_jax.factored import Factor, Factored
-from lora_jax.rules import settled
+from lora_jax.rules import form, settled
+from lora_jax.stored import Deferred
 
 
 class Evaluation(Protocol):
@@ -51,6 +53,8 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list
         if not isinstance(sharding, jax.sharding.Sharding):
             return value
         if isinstance(value, Factored):
+            if isinstance(value.w, Deferred):
+                return value
             return dataclasses.replace(value, w=jax.lax.with_sharding_constraint(value.w, sharding))
         return jax.lax.with_sharding_constraint(value, sharding)
 
@@ -79,6 +83,7 @@ def _scan(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     fixed = {i: w for i, w in enumerate(init) if isinstance(w, Factored) and carry_out[i] is carry_in[i]}
     whole = {var: x for var, x in zip(xs_in, xs, strict=True) if isinstance(x, Factored)}
     passed = {j: whole[var] for j, var in enumerate(ys_out) if not isinstance(var, Literal) and var in whole}
+    xs = [_movable(lifting, eqn, x) if isinstance(x, Factored) else x for x in xs]
     moving = [_moving(x) if isinstance(x, Factored) else (x, None) for x in xs]
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -101,27 +106,33 @@ def _scan(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     return [*_filled(carry, fixed), *_filled(ys, passed)]
 
 
-def _moving(weight: Factored) -> tuple[dict[str, jax.Array], Factored]:
+def _movable(lifting: Evaluation, eqn: JaxprEqn, weight: Factored) -> Any:
+    # Layers of what is stored can be sliced off as long as nothing was done to the layout of all of them.
+    if isinstance(weight.w, Deferred) and weight.w.moves:
+        why = "its layout was changed before its layers are scanned, while it is stored in another form"
+        return lifting.dense(weight, eqn.primitive.name, _jaxpr.source_line(eqn), why)
+    return weight
+
+
+def _moving(weight: Factored) -> tuple[list[Any], Factored]:
     # A factor that all layers share is not repeated: it stays outside the scan.
-    factors = {name: getattr(weight, name) for name in ("a", "b", "key")}
-    slices = {name: factor.array for name, factor in factors.items() if factor and 0 in factor.axes}
-    return {"w": weight.w, **slices}, weight
+    return [weight.w, *(factor.array for factor in weight.factors if 0 in factor.axes)], weight
 
 
-def _layer(weight: Factored, slices: dict[str, jax.Array]) -> Factored | jax.Array:
-    def layer(name: str) -> Factor | None:
-        factor: Factor | None = getattr(weight, name)
-        return factor and Factor(slices.get(name, factor.array), tuple(axis - 1 for axis in factor.axes if axis))
+def _layer(weight: Factored, slices: list[Any]) -> Factored | jax.Array:
+    w, *arrays = slices
+    layers = iter(arrays)
 
-    return settled(dataclasses.replace(weight, w=slices["w"], **{name: layer(name) for name in ("a", "b", "key")}))
+    def layer(factor: Factor) -> Factor:
+        array = next(layers) if 0 in factor.axes else factor.array
+        return Factor(array, tuple(axis - 1 for axis in factor.axes if axis))
+
+    return settled(weight.each(w, layer))
 
 
 def _stacked(weight: Factored) -> Factored:
     # A scan has put an axis before the others of every array.
-    def stack(factor: Factor | None) -> Factor | None:
-        return factor and Factor(factor.array, (0, *(axis + 1 for axis in factor.axes)))
-
-    return dataclasses.replace(weight, a=stack(weight.a), b=stack(weight.b), key=stack(weight.key))
+    return weight.each(weight.w, lambda factor: Factor(factor.array, (0, *(axis + 1 for axis in factor.axes))))
 
 
 def _first(slices: Any) -> Any:
@@ -133,17 +144,11 @@ def _filled(values: Sequence[Any], others: Mapping[int, Any]) -> list[Any]:
     return [others[i] if i in others else next(rest) for i in range(len(values) + len(others))]
 
 
-def _form(value: Any) -> Any:
-    if not isinstance(value, Factored):
-        return None
-    return value.a.axes, value.b.axes, value.scale, [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value)]
-
-
 def _stable(lifting: Evaluation, eqn: JaxprEqn, carry: list[Any], step: Callable[[list[Any]], list[Any]]) -> list[Any]:
     # A carried weight must leave the body in the form in which it entered; otherwise it is carried as an array.
     while any(isinstance(value, Factored) for value in carry):
         after = step(carry)
-        changed = [i for i, (old, new) in enumerate(zip(carry, after, strict=True)) if _form(old) != _form(new)]
+        changed = [i for i, (old, new) in enumerate(zip(carry, after, strict=True)) if form(old) != form(new)]
         if not changed:
             break
         why = "it is carried and does not keep its factors"
@@ -193,7 +198,7 @@ def _cond(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         return lifting.evaluate(*branch, operands)
 
     shapes = [jax.eval_shape(functools.partial(evaluated, branch), operands) for branch in branches]
-    same = [len({repr(_form(out)) for out in outs}) == 1 for outs in zip(*shapes, strict=True)]
+    same = [len({repr(form(out)) for out in outs}) == 1 for outs in zip(*shapes, strict=True)]
     paths = [
         ", ".join(dict.fromkeys(o.path for o in outs if isinstance(o, Factored))) for outs in zip(*shapes, strict=True)
     ]
@@ -216,6 +221,7 @@ def _cond(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 def _custom_jvp(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     jaxpr, consts = _jaxpr.opened(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
+    values = [_differentiable(lifting, eqn, value) for value in values]
 
     def densely(outs: Sequence[Any]) -> list[jax.Array]:
         where = _jaxpr.source_line(eqn)
@@ -237,40 +243,62 @@ def _custom_jvp(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[A
 
     @functools.partial(call.defjvp, symbolic_zeros=True)
     def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        # d(w + a b) = (dw + da b) + (a db): two factored weights. The rule is linear in them, so each goes its own
-        # way; one weight of both would multiply da with db, which a transposition cannot take.
+        # d(w + a b) = (dw + da b) + (a db): a factored weight for each factor. The rule is linear in them, so each goes
+        # its own way; one weight of several would multiply da with db, which a transposition cannot take.
         primals = jax.tree.map(jnp.asarray, primals[n_consts:])
-        along_a, along_b = zip(*map(_tangents, primals, tangents[n_consts:]), strict=True)
-        ys, moved = pushed(primals, along_a)
-        if any(tangent is not None for tangent in along_b):
-            _, more = pushed(primals, along_b)
+        terms = [_terms(p, t) for p, t in zip(primals, tangents[n_consts:], strict=True)]
+        first, *others = itertools.zip_longest(*terms)
+        ys, moved = pushed(primals, first)
+        for term in others:
+            _, more = pushed(primals, term)
             moved = [x + y if jnp.issubdtype(y.dtype, jnp.inexact) else x for x, y in zip(moved, more, strict=True)]
         return ys, moved
 
     return call(*values)
 
 
-def _tangents(primal: Any, tangent: Any) -> tuple[Any, Any]:
+def _differentiable(lifting: Evaluation, eqn: JaxprEqn, value: Any) -> Any:
+    if not isinstance(value, Factored):
+        return value
+    if value.after is not None or value.moments is not None:
+        return lifting.dense(value, "custom_jvp", _jaxpr.source_line(eqn), "its adapter is not linear in the weight")
+    return value.resolved()
+
+
+def _terms(primal: Any, tangent: Any) -> list[Any]:
+    """The tangent as a sum of weights, each with the tangent of one factor; `None` for zero."""
+
     def zero(t: Any) -> bool:
         return type(t) is SymbolicZero
 
     if not isinstance(primal, Factored):
-        return (None if zero(tangent) else tangent), None
-    nothing = jnp.zeros_like(primal.w)
-    along_a = along_b = None
-    if not (zero(tangent.w) and zero(tangent.a.array)):
-        dw = nothing if zero(tangent.w) else tangent.w
-        along_a = dataclasses.replace(primal, w=dw, a=_zeros(primal.a) if zero(tangent.a.array) else tangent.a)
-    if not zero(tangent.b.array):
-        along_b = dataclasses.replace(primal, w=nothing, b=tangent.b)
-    return along_a, along_b
+        return [None if zero(tangent) else tangent]
+    nothing = jnp.zeros(primal.shape, primal.dtype)
+    still = isinstance(primal.w, Deferred) or zero(tangent.w)  # what is stored in another form is not differentiated
+    based = dataclasses.replace(primal, w=nothing if still else tangent.w)
+    terms: list[Any] = []
+    if primal.a:
+        da = tangent.a[0]
+        still = still and zero(da.array)
+        based = dataclasses.replace(based, a=(_zeros(da) if zero(da.array) else da, *primal.a[1:]))
+    terms.append(None if still else based)
+    for name, first in (("a", 1), ("b", 0)):
+        factors = getattr(primal, name)
+        for i, moving in list(enumerate(getattr(tangent, name)))[first:]:
+            if not zero(moving.array):
+                moved = (*factors[:i], moving, *factors[i + 1 :])
+                terms.append(dataclasses.replace(primal, w=nothing, **{name: moved}))
+    if primal.gain is not None and not zero(tangent.gain.array):
+        terms.append(dataclasses.replace(primal, gain=tangent.gain))
+    return terms
 
 
 def _zeros(primal: Any) -> Any:
     if isinstance(primal, Factored):
-        return dataclasses.replace(primal, w=jnp.zeros_like(primal.w), a=_zeros(primal.a))
+        zeros = tuple(_zeros(factor) for factor in primal.a)
+        return dataclasses.replace(primal, w=jnp.zeros(primal.shape, primal.dtype), a=zeros)
     if isinstance(primal, Factor):
-        return dataclasses.replace(primal, array=jnp.zeros_like(primal.array))
+        return dataclasses.replace(primal, array=jnp.zeros(primal.array.shape, primal.array.dtype))
     if jnp.issubdtype(primal.dtype, jnp.inexact):
         return jnp.zeros_like(primal)
     return np.zeros(primal.shape, jax.dtypes.float0)

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+import lora_jax.products  # noqa: F401  registers its rules
 from lora_jax import _jaxpr
 from lora_jax.control import CONTROL
 from lora_jax.factored import Factored
-from lora_jax.methods import Adapter
+from lora_jax.methods import SHARED, Adapter, weights
 from lora_jax.rules import RULES, NoRule
+from lora_jax.stored import Deferred, abstract, is_stored, weight
 from lora_jax.tree import Tree, leaves_by_path, nearest
 
 
@@ -55,6 +57,8 @@ def attach(params: Tree, adapters: Mapping[str, Adapter], key: jax.Array | None 
     """
     leaves = leaves_by_path(params)
     for path, adapter in adapters.items():
+        if path.startswith(SHARED):
+            continue
         if path not in leaves:
             raise ValueError(f"no parameter {path!r} for this adapter; nearest: {nearest(path, leaves)}")
         adapter.check(path, leaves[path].shape)
@@ -74,7 +78,7 @@ def lift(f: Callable[..., Any], materialise: Sequence[str] = ()) -> Callable[...
         it reaches an operation without a rule. `report` says where that happens.
 
     Returns:
-      A function `(attached, *args, **kwargs)`; given plain parameters it is `f` itself.
+      A function `(attached, *args, **kwargs)`; given plain parameters it is `f` itself, and it takes quantised ones.
 
     Raises:
       LiftError: when called, if an adapted weight reaches an operation without a rule.
@@ -83,7 +87,9 @@ def lift(f: Callable[..., Any], materialise: Sequence[str] = ()) -> Callable[...
     @functools.wraps(f)
     def lifted(tree: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tree, Attached):
-            return f(tree, *args, **kwargs)
+            if not any(map(is_stored, leaves_by_path(tree).values())):
+                return f(tree, *args, **kwargs)
+            tree = Attached(tree, {})
         return run(f, tree, args, kwargs, Lifting(tuple(materialise)))
 
     return lifted
@@ -91,11 +97,15 @@ def lift(f: Callable[..., Any], materialise: Sequence[str] = ()) -> Callable[...
 
 def run(f: Callable[..., Any], tree: Attached, args: Sequence[Any], kwargs: Mapping[str, Any], lifting: Lifting) -> Any:
     """Traces `f` and evaluates it with the weights of `tree`, noting in `lifting` what had to be materialised."""
-    staged = _jaxpr.stage(f, tree.params, args, kwargs)
+    staged = _jaxpr.stage(f, jax.tree.map(abstract, tree.params, is_leaf=is_stored), args, kwargs)
     operands = list(staged.leaves)
-    for i, (path, leaf) in enumerate(leaves_by_path(tree.params).items()):
-        if path in tree.adapters:
-            operands[i] = tree.adapters[path].factored(leaf, path, tree.key)
+    leaves = leaves_by_path(tree.params)
+    adapted = weights(leaves, tree.adapters, tree.key)
+    for i, (path, leaf) in enumerate(leaves.items()):
+        if path in adapted or is_stored(leaf):
+            value = adapted.get(path) or Factored(weight(leaf), path=path)
+            # A leaf that is trained as a whole is an array like any other.
+            operands[i] = value if value.factors or isinstance(value.w, Deferred) else value.w
     values = lifting.evaluate(staged.jaxpr, staged.consts, [operands[i] for i in staged.traced])
     return staged.result([lifting.dense(value, "return", "the function's result") for value in values])
 
@@ -116,10 +126,11 @@ class Lifting:
         """The value as an array: a weight only if it may be materialised."""
         if not isinstance(value, Factored):
             return value
+        kind = "adapted" if value.factors else "quantised"
         for path in value.path.split(", "):
             if not any(re.search(pattern, path) for pattern in self.materialise):
                 raise LiftError(
-                    f"the adapted weight {path!r} {list(value.shape)} reaches `{operation}` at {where}"
+                    f"the {kind} weight {path!r} {list(value.shape)} reaches `{operation}` at {where}"
                     f"{', where ' + why if why else ', which has no rule for factored weights'}: "
                     f"exclude it from the spec, or allow the dense sum with materialise=[{path!r}]"
                 )

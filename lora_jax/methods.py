@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 
 from lora_jax.factored import Factor, Factored
+from lora_jax.stored import weight
+
+SHARED = "/"  # an entry of the adapters that begins so belongs to no one weight
+PROJECTIONS = "/vera"
 
 
 class Axes(NamedTuple):
@@ -29,12 +34,16 @@ class Axes(NamedTuple):
 class Adapter(Protocol):
     """What every method provides."""
 
-    def factored(self, w: jax.Array, path: str, key: jax.Array | None = None) -> Factored:
-        """The adapted weight."""
+    def factored(self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None) -> Any:
+        """The adapted weight (`Factored`), given the base's and what adapters have in common."""
         ...
 
     def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the factors fit a weight of this shape."""
+        """Raises ValueError unless the adapter fits a weight of this shape."""
+        ...
+
+    def trained(self) -> Self:
+        """The adapter with `True` in place of every array that is trained, and `False` of every other."""
         ...
 
 
@@ -54,6 +63,10 @@ class LoRA:
       scale: γ, α/r or α/√r.
       axes: where the stacked, in and out axes are in the weight.
       dropout: the probability with which an element of the adapter's input is dropped while a key is attached.
+      start: the values that `a` and `b` began with, where their product is not zero (PiSSA, OLoRA): the weight is then
+        W + γ (a b - a₀ b₀), so that the base stays the one that the user has.
+      frozen: names of factors that are not trained; LoRA-FA's are `("a",)` (arXiv 2308.03303).
+      common: stacked axes that `a` or `b` does not have, since all experts share it: `("a", axes)`.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
@@ -63,37 +76,300 @@ class LoRA:
     scale: float = dataclasses.field(metadata={"static": True})
     axes: Axes = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    start: tuple[jax.Array, jax.Array] | None = None
+    frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    common: tuple[str, tuple[int, ...]] = dataclasses.field(default=("", ()), metadata={"static": True})
 
     @property
     def rank(self) -> int:
         """The number of columns of `a`."""
         return self.a.shape[-1]
 
-    def factored(self, w: jax.Array, path: str, key: jax.Array | None = None) -> Factored:
+    def factored(
+        self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
+    ) -> Factored:
         """The weight `w + γ a b`; `key` turns dropout on, with a key of its own for each path and stacked layer."""
-        stacked, inp, out = self.axes
-        a, b = _factor(self.a, (*stacked, *inp)), _factor(self.b, (*stacked, *out))
-        return Factored(w, a, b, self._keys(path, key), path, self.scale, self.dropout)
+        a, b = (jax.lax.stop_gradient(x) if n in self.frozen else x for n, x in (("a", self.a), ("b", self.b)))
+        if self.start is not None:
+            a0, b0 = jax.lax.stop_gradient(self.start)
+            a, b = jax.numpy.concatenate([a, a0], -1), jax.numpy.concatenate([b, -b0], -1)
+        stacked = self.axes.stacked
+        return Factored(
+            weight(w),
+            (_factor(a, self._axes("a")),),
+            (_factor(b, self._axes("b")),),
+            key=dropout_keys(self.dropout, path, key, stacked, [w.shape[axis] for axis in stacked]),
+            path=path,
+            scale=self.scale,
+            dropout=self.dropout,
+        )
 
     def check(self, path: str, shape: Sequence[int]) -> None:
         """Raises ValueError unless `a` and `b` fit a weight of this shape."""
-        stacked, inp, out = ([shape[axis] for axis in axes if axis < len(shape)] for axes in self.axes)
-        want = ([*stacked, *inp, self.rank], [*stacked, *out, self.rank])
-        have = (list(self.a.shape), list(self.b.shape))
-        if want != have or sorted(axis for axes in self.axes for axis in axes) != list(range(len(shape))):
+        fits(path, shape, self.axes, {"a": (self.a, self._axes("a")), "b": (self.b, self._axes("b"))}, self.rank)
+
+    def trained(self) -> LoRA:
+        """`a` and `b`, but those that are frozen, and never where they started."""
+        return marked(self, {"start", *self.frozen})
+
+    def _axes(self, name: str) -> tuple[int, ...]:
+        # In the order in which the factor's array has them.
+        shared = self.common[1] if self.common[0] == name else ()
+        own = self.axes.inp if name == "a" else self.axes.out
+        return (*(axis for axis in self.axes.stacked if axis not in shared), *own)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DoRA:
+    """Magnitude and direction apart: m ∘ (W + γ a b) / ‖W + γ a b‖, the norm of each output column.
+
+    The norm is a constant of the backward pass, and is found without forming `a b`.
+
+    Attributes:
+      lora: the direction's factors.
+      m: [*stacked, *out], the magnitudes; ‖W‖ at first.
+
+    Source: Liu et al. 2024, arXiv 2402.09353.
+    """
+
+    lora: LoRA
+    m: jax.Array
+
+    def factored(
+        self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
+    ) -> Factored:
+        """The weight; dropout acts on the low-rank part alone."""
+        stacked, inp, out = self.lora.axes
+        return dataclasses.replace(
+            self.lora.factored(w, path, key),
+            gain=_factor(self.m[..., None], (*stacked, *out)),
+            fan_in=math.prod(w.shape[axis] for axis in inp),
+        )
+
+    def check(self, path: str, shape: Sequence[int]) -> None:
+        """Raises ValueError unless the factors and the magnitudes fit a weight of this shape."""
+        self.lora.check(path, shape)
+        stacked, _, out = axes = self.lora.axes
+        fits(path, shape, axes, {"m": (self.m, (*stacked, *out))})
+
+    def trained(self) -> DoRA:
+        """The magnitudes, and what of the factors is trained."""
+        return DoRA(self.lora.trained(), True)  # type: ignore[arg-type]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaLoRA:
+    """A decomposition whose singular values are pruned in training: W + γ a diag(e) b.
+
+    `lora_jax.adalora` is the optimizer that prunes, and keeps the columns of `a` and of `b` near orthonormal.
+
+    Attributes:
+      a: [*stacked, *in, R].
+      e: [*stacked, R], zero at first.
+      b: [*stacked, *out, R].
+      scale: γ.
+      axes: as for `LoRA`.
+      dropout: as for `LoRA`.
+
+    Source: Zhang et al. 2023, arXiv 2303.10512.
+    """
+
+    a: jax.Array
+    e: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+    axes: Axes = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def factored(
+        self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
+    ) -> Factored:
+        """The weight."""
+        lora = LoRA(self.a, self.b, self.scale, self.axes, self.dropout).factored(w, path, key)
+        return dataclasses.replace(lora, a=(*lora.a, _factor(self.e, self.axes.stacked)))
+
+    def check(self, path: str, shape: Sequence[int]) -> None:
+        """Raises ValueError unless the factors fit a weight of this shape."""
+        stacked, inp, out = self.axes
+        arrays = {"a": (self.a, (*stacked, *inp)), "e": (self.e, stacked), "b": (self.b, (*stacked, *out))}
+        fits(path, shape, self.axes, arrays, self.a.shape[-1])
+
+    def trained(self) -> AdaLoRA:
+        """All of it."""
+        return marked(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projections:
+    """VeRA's random matrices, frozen and shared by all layers: each uses its first rows.
+
+    Attributes:
+      a: [the widest input, R].
+      b: [the widest output, R].
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+    def trained(self) -> Projections:
+        """Nothing."""
+        return marked(self, {"a", "b"})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VeRA:
+    """Two trained vectors between shared random matrices: W + a diag(d) b diag(e).
+
+    The matrices are the entry `"/vera"` of the adapters, a `Projections`, saved with them.
+
+    Attributes:
+      d: [*stacked, R], 0.1 at first.
+      e: [*stacked, *out], zero at first.
+      axes: as for `LoRA`.
+      dropout: as for `LoRA`.
+
+    Source: Kopiczko et al. 2024, arXiv 2310.11454.
+    """
+
+    d: jax.Array
+    e: jax.Array
+    axes: Axes = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def factored(
+        self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
+    ) -> Factored:
+        """The weight: four factors, of which those of the layers are vectors."""
+        if not shared or PROJECTIONS not in shared:
+            raise ValueError(f"the adapter of {path!r} is VeRA's, but {PROJECTIONS!r}, its matrices, is not attached")
+        stacked, inp, out = self.axes
+        matrices = jax.lax.stop_gradient(shared[PROJECTIONS])
+        (d_in, ins), (d_out, outs) = ((math.prod(n), n) for n in ([w.shape[i] for i in group] for group in (inp, out)))
+        if d_in > len(matrices.a) or d_out > len(matrices.b):
+            have = f"{len(matrices.a)} and {len(matrices.b)}"
+            raise ValueError(f"{path!r} is {d_in} x {d_out}, more than the {have} rows of {PROJECTIONS!r}")
+        a, b = matrices.a[:d_in].reshape(*ins, -1), matrices.b[:d_out].reshape(*outs, -1)
+        return Factored(
+            weight(w),
+            (_factor(a, inp), _factor(self.d, stacked)),
+            (_factor(b, out), _factor(self.e[..., None], (*stacked, *out))),
+            key=dropout_keys(self.dropout, path, key, stacked, [w.shape[axis] for axis in stacked]),
+            path=path,
+            dropout=self.dropout,
+        )
+
+    def check(self, path: str, shape: Sequence[int]) -> None:
+        """Raises ValueError unless the vectors fit a weight of this shape."""
+        stacked, _, out = self.axes
+        fits(path, shape, self.axes, {"d": (self.d, stacked)}, self.d.shape[-1])
+        fits(path, shape, self.axes, {"e": (self.e, (*stacked, *out))})
+
+    def trained(self) -> VeRA:
+        """Both vectors."""
+        return marked(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IA3:
+    """Activations rescaled by a trained vector: the weight becomes l ∘ W, along its out axes or its in axes.
+
+    Attributes:
+      l: [*stacked, *out] or [*stacked, *in], one at first.
+      axes: as for `LoRA`.
+      side: "out" or "in".
+
+    Source: Liu et al. 2022, arXiv 2205.05638.
+    """
+
+    l: jax.Array
+    axes: Axes = dataclasses.field(metadata={"static": True})
+    side: str = dataclasses.field(default="out", metadata={"static": True})
+
+    def factored(
+        self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
+    ) -> Factored:
+        """The weight: a gain, and no factors."""
+        return Factored(weight(w), gain=_factor(self.l[..., None], self._axes()), path=path)
+
+    def check(self, path: str, shape: Sequence[int]) -> None:
+        """Raises ValueError unless the vector fits a weight of this shape."""
+        fits(path, shape, self.axes, {"l": (self.l, self._axes())})
+
+    def trained(self) -> IA3:
+        """The vector."""
+        return marked(self)
+
+    def _axes(self) -> tuple[int, ...]:
+        return (*self.axes.stacked, *(self.axes.out if self.side == "out" else self.axes.inp))
+
+
+def weights(
+    leaves: Mapping[str, Any], adapters: Mapping[str, Any], key: jax.Array | None = None
+) -> dict[str, Factored]:
+    """The adapted weights.
+
+    Args:
+      leaves: the base's, by path.
+      adapters: by path, and what they share.
+      key: a PRNG key for dropout, or `None`.
+
+    Returns:
+      `{path: weight}`.
+    """
+    shared = {path: entry for path, entry in adapters.items() if path.startswith(SHARED)}
+    own = {path: adapter for path, adapter in adapters.items() if path not in shared}
+    return {path: adapter.factored(leaves[path], path, key, shared) for path, adapter in own.items()}
+
+
+def marked(adapter: Any, frozen: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
+    """An adapter with `True` for every array, `False` for those in the fields of these names."""
+    mark = {field.name: field.name not in frozen for field in dataclasses.fields(adapter)}
+    values = {name: jax.tree.map(lambda _: mark[name], getattr(adapter, name)) for name in _data(adapter)}  # noqa: B023
+    return dataclasses.replace(adapter, **values)
+
+
+def _data(adapter: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(adapter) if not field.metadata.get("static")]
+
+
+def fits(
+    path: str, shape: Sequence[int], axes: Axes, arrays: Mapping[str, tuple[jax.Array, tuple[int, ...]]], rank: int = 0
+) -> None:
+    """Raises ValueError unless arrays have the axes of a weight that they should.
+
+    Args:
+      path: the weight's.
+      shape: the weight's.
+      axes: all of its axes, by their use.
+      arrays: each array with the weight's axes that it should have, in its order.
+      rank: the size of a last axis, 0 for none.
+    """
+    known = sorted(axis for group in axes for axis in group) == list(range(len(shape)))
+    for name, (array, own) in arrays.items():
+        want = [shape[axis] for axis in own if axis < len(shape)] + ([rank] if rank else [])
+        if list(array.shape) != want or not known:
             raise ValueError(
                 f"the adapter of {path!r} does not fit its weight {list(shape)}: "
-                f"a is {have[0]}, should be {want[0]}; b is {have[1]}, should be {want[1]}"
+                f"{name} is {list(array.shape)}, should be {want}"
             )
 
-    def _keys(self, path: str, key: jax.Array | None) -> Factor | None:
-        if key is None or not self.dropout:
-            return None
-        stacked = self.axes.stacked
-        return _factor(jax.random.split(fold_path(key, path), self.a.shape[: len(stacked)])[..., None], stacked)
+
+def dropout_keys(
+    dropout: float, path: str, key: jax.Array | None, stacked: tuple[int, ...], sizes: Sequence[int]
+) -> Factor | None:
+    """A key for each path and stacked layer; `None` without dropout."""
+    if key is None or not dropout:
+        return None
+    return _factor(jax.random.split(fold_path(key, path), tuple(sizes))[..., None], stacked)
 
 
 def _factor(array: jax.Array, axes: tuple[int, ...]) -> Factor:
+    # In the order of the weight's axes.
     order = sorted(range(len(axes)), key=lambda i: axes[i])
     if order != list(range(len(axes))):
         array = array.transpose(*order, len(axes))

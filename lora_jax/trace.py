@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core import primitives as P
 
 from lora_jax import _jaxpr
 from lora_jax.methods import Axes
+from lora_jax.stored import abstract, is_stored
 from lora_jax.tree import Tree, leaves_by_path
 from lora_jax.views import View, consumed, moved, union
 
@@ -28,12 +30,14 @@ class Use:
       operation: the JAX primitive.
       axes: the weight's axes as this operation uses them.
       where: the model's source line.
+      experts: which of the stacked axes select an expert.
     """
 
     kind: str
     operation: str
     axes: Axes
     where: str
+    experts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,7 @@ def trace(f: Callable[..., Any], params: Tree, *args: Any, **kwargs: Any) -> Sit
     Returns:
       `{path: Site}` for every array in `params`.
     """
-    staged = _jaxpr.stage(f, params, args, kwargs)
+    staged = _jaxpr.stage(f, jax.tree.map(abstract, params, is_leaf=is_stored), args, kwargs)
     named = list(leaves_by_path(params).items())
     found: dict[str, Site] = {}
     facts = []
@@ -225,7 +229,8 @@ class _Walk:
         if inp & union(own for axis, own in enumerate(view.axes) if axis not in (*contracted, *batch)):
             kind = "other"  # one axis is partly contracted and partly kept
         where = _jaxpr.source_line(eqn)
-        use = Use(kind, eqn.primitive.name, axes, where)
+        experts = tuple(sorted(union(view.axes[axis] for axis in batch))) if kind == "expert" else ()
+        use = Use(kind, eqn.primitive.name, axes, where, experts)
         for path in view.paths:
             # A scan's body is followed more than once; an equation is one use.
             self.uses.setdefault(path, {})[id(eqn), position] = use

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey, keystr
 
+from lora_jax.stored import is_stored
+
 Tree = Any
 
 
@@ -27,8 +29,10 @@ def path_string(key_path: tuple[Any, ...]) -> str:
     return keystr(key_path, simple=True, separator="/")
 
 
-def leaves_by_path(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def leaves_by_path(tree: Tree, is_leaf: Callable[[Any], bool] = is_stored) -> dict[str, Any]:
     """Lists the leaves of a tree under their paths, in the tree's own order.
+
+    A quantised weight is one leaf.
 
     Args:
       tree: any pytree.
@@ -49,7 +53,7 @@ def leaves_by_path(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> 
     return named
 
 
-def replace(tree: Tree, leaves: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None) -> Tree:
+def replace(tree: Tree, leaves: Mapping[str, Any], is_leaf: Callable[[Any], bool] = is_stored) -> Tree:
     """Puts new leaves at some paths of a tree.
 
     Args:
@@ -135,9 +139,9 @@ def count(tree: Tree) -> int:
       tree: any pytree of arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      The number of elements.
+      The number of elements; of a quantised weight, those that it stands for.
     """
-    return sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_stored) if hasattr(leaf, "size"))
 
 
 def nbytes(tree: Tree) -> int:
