@@ -6,32 +6,46 @@ y        = lora.lift(f)(lora.attach(params, adapters), x)    # factored: x·W + 
 params2  = lora.merge(params, adapters)                      # W + γ a b, plain parameters again
 """
 
+from lora_jax.adapters import Axes
+from lora_jax.bottleneck import Bottleneck
+from lora_jax.leaves import Leaf, Rows
 from lora_jax.lift import Attached, LiftError, attach, lift
 from lora_jax.merge import merge, merge_error, replaced, unmerge
-from lora_jax.methods import Axes, LoRA
-from lora_jax.optim import optimizer, trainable_mask
-from lora_jax.spec import Report, Rule, Spec, init, report, select
+from lora_jax.methods import IA3, AdaLoRA, DoRA, LoRA, VeRA
+from lora_jax.optim import labels, lora_plus, optimizer, trainable_mask
+from lora_jax.report import Report, report
+from lora_jax.spec import Rule, Spec, select
+from lora_jax.start import init
 from lora_jax.trace import Site, Sites, Use, trace
 from lora_jax.tree import combine, count, nbytes, split
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
+    "AdaLoRA",
     "Attached",
     "Axes",
+    "Bottleneck",
+    "DoRA",
+    "Leaf",
     "LiftError",
     "LoRA",
     "Report",
+    "Rows",
     "Rule",
     "Site",
     "Sites",
     "Spec",
     "Use",
+    "VeRA",
     "attach",
     "combine",
     "count",
     "init",
+    "labels",
     "lift",
+    "lora_plus",
     "merge",
     "merge_error",
     "nbytes",

@@ -13,9 +13,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 import lora_jax.products  # noqa: F401  registers its rules
 from lora_jax import _jaxpr
+from lora_jax.adapters import SHARED, Adapter, weights
 from lora_jax.control import CONTROL
 from lora_jax.factored import Factored
-from lora_jax.methods import SHARED, Adapter, weights
 from lora_jax.rules import RULES, NoRule
 from lora_jax.stored import Deferred, abstract, is_stored, weight
 from lora_jax.tree import Tree, leaves_by_path, nearest

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from lora_jax.factored import Factor, Factored
+from lora_jax.adapters import Axes, dropout_keys, factor, fits, marked
+from lora_jax.factored import Factored
 from lora_jax.stored import weight
 
-SHARED = "/"  # an entry of the adapters that begins so belongs to no one weight
 PROJECTIONS = "/vera"
-
-
-class Axes(NamedTuple):
-    """Which axes of a weight its factors share and which they divide among them.
-
-    Attributes:
-      stacked: axes that only select (scanned layers, experts): both factors have them.
-      inp: axes that are contracted with the data: the factor `a` has them.
-      out: axes that are kept: the factor `b` has them.
-    """
-
-    stacked: tuple[int, ...]
-    inp: tuple[int, ...]
-    out: tuple[int, ...]
-
-
-class Adapter(Protocol):
-    """What every method provides."""
-
-    def factored(self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None) -> Any:
-        """The adapted weight (`Factored`), given the base's and what adapters have in common."""
-        ...
-
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the adapter fits a weight of this shape."""
-        ...
-
-    def trained(self) -> Self:
-        """The adapter with `True` in place of every array that is trained, and `False` of every other."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -92,12 +62,12 @@ class LoRA:
         a, b = (jax.lax.stop_gradient(x) if n in self.frozen else x for n, x in (("a", self.a), ("b", self.b)))
         if self.start is not None:
             a0, b0 = jax.lax.stop_gradient(self.start)
-            a, b = jax.numpy.concatenate([a, a0], -1), jax.numpy.concatenate([b, -b0], -1)
+            a, b = jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -1)
         stacked = self.axes.stacked
         return Factored(
             weight(w),
-            (_factor(a, self._axes("a")),),
-            (_factor(b, self._axes("b")),),
+            (factor(a, self._axes("a")),),
+            (factor(b, self._axes("b")),),
             key=dropout_keys(self.dropout, path, key, stacked, [w.shape[axis] for axis in stacked]),
             path=path,
             scale=self.scale,
@@ -143,7 +113,7 @@ class DoRA:
         stacked, inp, out = self.lora.axes
         return dataclasses.replace(
             self.lora.factored(w, path, key),
-            gain=_factor(self.m[..., None], (*stacked, *out)),
+            gain=factor(self.m[..., None], (*stacked, *out)),
             fan_in=math.prod(w.shape[axis] for axis in inp),
         )
 
@@ -188,7 +158,7 @@ class AdaLoRA:
     ) -> Factored:
         """The weight."""
         lora = LoRA(self.a, self.b, self.scale, self.axes, self.dropout).factored(w, path, key)
-        return dataclasses.replace(lora, a=(*lora.a, _factor(self.e, self.axes.stacked)))
+        return dataclasses.replace(lora, a=(*lora.a, factor(self.e, self.axes.stacked)))
 
     def check(self, path: str, shape: Sequence[int]) -> None:
         """Raises ValueError unless the factors fit a weight of this shape."""
@@ -255,8 +225,8 @@ class VeRA:
         a, b = matrices.a[:d_in].reshape(*ins, -1), matrices.b[:d_out].reshape(*outs, -1)
         return Factored(
             weight(w),
-            (_factor(a, inp), _factor(self.d, stacked)),
-            (_factor(b, out), _factor(self.e[..., None], (*stacked, *out))),
+            (factor(a, inp), factor(self.d, stacked)),
+            (factor(b, out), factor(self.e[..., None], (*stacked, *out))),
             key=dropout_keys(self.dropout, path, key, stacked, [w.shape[axis] for axis in stacked]),
             path=path,
             dropout=self.dropout,
@@ -294,7 +264,7 @@ class IA3:
         self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
     ) -> Factored:
         """The weight: a gain, and no factors."""
-        return Factored(weight(w), gain=_factor(self.l[..., None], self._axes()), path=path)
+        return Factored(weight(w), gain=factor(self.l[..., None], self._axes()), path=path)
 
     def check(self, path: str, shape: Sequence[int]) -> None:
         """Raises ValueError unless the vector fits a weight of this shape."""
@@ -306,84 +276,3 @@ class IA3:
 
     def _axes(self) -> tuple[int, ...]:
         return (*self.axes.stacked, *(self.axes.out if self.side == "out" else self.axes.inp))
-
-
-def weights(
-    leaves: Mapping[str, Any], adapters: Mapping[str, Any], key: jax.Array | None = None
-) -> dict[str, Factored]:
-    """The adapted weights.
-
-    Args:
-      leaves: the base's, by path.
-      adapters: by path, and what they share.
-      key: a PRNG key for dropout, or `None`.
-
-    Returns:
-      `{path: weight}`.
-    """
-    shared = {path: entry for path, entry in adapters.items() if path.startswith(SHARED)}
-    own = {path: adapter for path, adapter in adapters.items() if path not in shared}
-    return {path: adapter.factored(leaves[path], path, key, shared) for path, adapter in own.items()}
-
-
-def marked(adapter: Any, frozen: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
-    """An adapter with `True` for every array, `False` for those in the fields of these names."""
-    mark = {field.name: field.name not in frozen for field in dataclasses.fields(adapter)}
-    values = {name: jax.tree.map(lambda _: mark[name], getattr(adapter, name)) for name in _data(adapter)}  # noqa: B023
-    return dataclasses.replace(adapter, **values)
-
-
-def _data(adapter: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(adapter) if not field.metadata.get("static")]
-
-
-def fits(
-    path: str, shape: Sequence[int], axes: Axes, arrays: Mapping[str, tuple[jax.Array, tuple[int, ...]]], rank: int = 0
-) -> None:
-    """Raises ValueError unless arrays have the axes of a weight that they should.
-
-    Args:
-      path: the weight's.
-      shape: the weight's.
-      axes: all of its axes, by their use.
-      arrays: each array with the weight's axes that it should have, in its order.
-      rank: the size of a last axis, 0 for none.
-    """
-    known = sorted(axis for group in axes for axis in group) == list(range(len(shape)))
-    for name, (array, own) in arrays.items():
-        want = [shape[axis] for axis in own if axis < len(shape)] + ([rank] if rank else [])
-        if list(array.shape) != want or not known:
-            raise ValueError(
-                f"the adapter of {path!r} does not fit its weight {list(shape)}: "
-                f"{name} is {list(array.shape)}, should be {want}"
-            )
-
-
-def dropout_keys(
-    dropout: float, path: str, key: jax.Array | None, stacked: tuple[int, ...], sizes: Sequence[int]
-) -> Factor | None:
-    """A key for each path and stacked layer; `None` without dropout."""
-    if key is None or not dropout:
-        return None
-    return _factor(jax.random.split(fold_path(key, path), tuple(sizes))[..., None], stacked)
-
-
-def _factor(array: jax.Array, axes: tuple[int, ...]) -> Factor:
-    # In the order of the weight's axes.
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
-    if order != list(range(len(axes))):
-        array = array.transpose(*order, len(axes))
-    return Factor(array, tuple(sorted(axes)))
-
-
-def fold_path(key: jax.Array, path: str) -> jax.Array:
-    """Derives the key of one path, the same in every process and for every set of other paths.
-
-    Args:
-      key: a PRNG key.
-      path: where a weight stands in its tree.
-
-    Returns:
-      `key` with a 32-bit checksum of the path folded in.
-    """
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))

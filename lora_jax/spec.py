@@ -1,21 +1,18 @@
-"""What to adapt and how: rules from patterns to ranks, and the adapters they make."""
+"""What to adapt and how: rules from patterns to methods and ranks, and which weights they select."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from lora_jax.inits import INITIALISERS
-from lora_jax.lift import Attached, Lifting, run
-from lora_jax.methods import LoRA, fold_path
-from lora_jax.trace import LINEAR, Site, Sites, table, trace
-from lora_jax.tree import Tree, count, nbytes, nearest
+from lora_jax.inits import DECOMPOSITIONS, INITIALISERS
+from lora_jax.trace import LINEAR, Site, Sites
+from lora_jax.tree import nearest
 
 _ATTENTION = r"attn|attention|(^|/)(q|k|v|o|qkv|query|key|value|out)(_proj)?(/|$)"
 _MLP = r"mlp|ffn|feed_?forward|expert|(^|/)(gate|up|down|gate_up|wi|wo|fc\d?)(_proj)?(_\d)?(/|$)"
@@ -23,6 +20,35 @@ PRESETS: dict[str, Callable[[Site], bool]] = {
     "all-linear": lambda site: True,
     "attention": lambda site: bool(re.search(_ATTENTION, site.path)),
     "mlp": lambda site: bool(re.search(_MLP, site.path)) and not re.search(_ATTENTION, site.path),
+}
+
+
+class Method(NamedTuple):
+    """What a method makes use of and where it works.
+
+    Attributes:
+      uses: the fields of a rule that mean something to it.
+      kinds: of the weights that it works on.
+      starts: the values of `init` that it takes.
+    """
+
+    uses: tuple[str, ...]
+    kinds: tuple[str, ...]
+    starts: tuple[str, ...] = ()
+
+
+_LOW_RANK = ("rank", "alpha", "rslora", "dropout", "init", "active_experts")
+_PRODUCTS = (*LINEAR, "convolution")
+METHODS: dict[str, Method] = {
+    "lora": Method((*_LOW_RANK, "share"), ("embedding", *_PRODUCTS), (*INITIALISERS, *DECOMPOSITIONS)),
+    "lora-fa": Method((*_LOW_RANK, "share"), _PRODUCTS, tuple(INITIALISERS)),
+    "dora": Method(_LOW_RANK, _PRODUCTS, tuple(INITIALISERS)),
+    "adalora": Method(("rank", "alpha", "rslora", "dropout", "active_experts"), _PRODUCTS),
+    "vera": Method(("rank", "dropout"), _PRODUCTS),
+    "ia3": Method(("side",), _PRODUCTS),
+    "bottleneck": Method(("rank", "init"), LINEAR, tuple(INITIALISERS)),
+    "full": Method((), ()),
+    "rows": Method(("rows",), ("embedding",)),
 }
 
 
@@ -37,7 +63,14 @@ class Rule:
       alpha: α; the scale γ is α/R.
       rslora: whether γ is α/√R instead (arXiv 2312.03732).
       dropout: the probability with which an element of the adapter's input is dropped in training.
-      init: the distribution of the factor that does not start at zero, "uniform" or "normal".
+      init: what the factors start from: "uniform", "normal", "orthogonal", where `b` is zero; or "pissa", "olora", the
+        base's own singular or QR vectors.
+      method: "lora", "lora-fa", "dora", "adalora", "vera", "ia3", "bottleneck"; "full" trains the leaf itself (any
+        float leaf: a bias, a norm, a head), "rows" some rows of an embedding.
+      share: the factor that all experts have in common, "a" or "b" (on the side of the hidden state); "" for neither.
+      active_experts: how many experts a token is sent to; an expert's rank is the rank divided by it.
+      rows: of an embedding, for the method "rows".
+      side: which activations "ia3" rescales, "out" or "in".
     """
 
     target: str = "all-linear"
@@ -46,19 +79,63 @@ class Rule:
     rslora: bool = False
     dropout: float = 0.0
     init: str = "uniform"
+    method: str = "lora"
+    share: str = ""
+    active_experts: int = 1
+    rows: tuple[int, ...] = ()
+    side: str = "out"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        about = f"(target {self.target!r})"
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank} (target {self.target!r})")
+            raise ValueError(f"rank must be at least 1, not {self.rank} {about}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout} (target {self.target!r})")
-        if self.init not in INITIALISERS:
-            raise ValueError(f"no initialiser {self.init!r}; there are {', '.join(INITIALISERS)}")
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout} {about}")
+        if self.active_experts < 1:
+            raise ValueError(f"active_experts must be at least 1, not {self.active_experts} {about}")
+        if self.method not in METHODS:
+            raise ValueError(f"no method {self.method!r}; there are {', '.join(METHODS)}")
+        starts = (*INITIALISERS, *DECOMPOSITIONS)
+        if self.init not in starts:
+            raise ValueError(f"no initialiser {self.init!r}; there are {', '.join(starts)}")
+        if self.share not in ("", "a", "b") or self.side not in ("out", "in"):
+            raise ValueError(f'share is "a" or "b", side is "out" or "in", not {self.share!r}, {self.side!r} {about}')
+        method = METHODS[self.method]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("target", "method", *method.uses) and value != field.default:
+                raise ValueError(f"method {self.method!r} has no {field.name} (given {value!r}) {about}")
+        if "init" in method.uses and self.init not in method.starts:
+            raise ValueError(
+                f"method {self.method!r} starts from {', '.join(method.starts)}, not {self.init!r} {about}"
+            )
+        if (self.method == "rows") != bool(self.rows):
+            raise ValueError(f"method 'rows' and the rows that it trains are given together {about}")
 
-    @property
-    def scale(self) -> float:
-        """γ, the factor before `a b`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_at(self, site: Site) -> int:
+        """R at a site: the rank, for an expert divided by the number of those that are active."""
+        if site.kind != "expert":
+            return self.rank
+        if self.rank % self.active_experts:
+            raise ValueError(f"{self.active_experts} active experts do not divide rank {self.rank} of {site.path!r}")
+        return self.rank // self.active_experts
+
+    def scale_at(self, site: Site) -> float:
+        """γ at a site, the factor before `a b`."""
+        rank = self.rank_at(site)
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def why_not(self, site: Site) -> str:
+        """Why the method does not work on a weight; "" if it does."""
+        if not np.issubdtype(site.dtype, np.inexact) and site.dtype != "bfloat16":
+            return f"it holds {site.dtype}, which cannot be trained"
+        if self.method == "full":
+            return ""
+        if not site.adaptable or site.kind not in METHODS[self.method].kinds:
+            kinds = ", ".join(METHODS[self.method].kinds)
+            return f"it is of kind {site.kind}, and method {self.method!r} works on {kinds}"
+        return ""
 
     def matches(self, site: Site) -> bool:
         """Whether the rule means this weight."""
@@ -119,29 +196,34 @@ def select(sites: Sites, spec: Spec) -> dict[str, Rule]:
         for rule in spec.rules:
             if rule.matches(site):
                 matched[rule].append(site)
-                if site.adaptable:
+                if not rule.why_not(site):
                     chosen[site.path] = rule
                     _check_rank(site, rule)
                 break
     for rule, found in matched.items():
-        if not any(site.adaptable for site in found):
+        if all(rule.why_not(site) for site in found):
             raise ValueError(_no_match(rule, found, sites))
     return chosen
 
 
 def _check_rank(site: Site, rule: Rule) -> None:
     _, d_in, d_out = site.dimensions()
-    if rule.rank > min(d_in, d_out):
+    low = "alpha" in METHODS[rule.method].uses
+    if low and rule.rank_at(site) > min(d_in, d_out):
         raise ValueError(
-            f"rank {rule.rank} is larger than the matrix {d_in} x {d_out} of {site.path!r}: "
+            f"rank {rule.rank_at(site)} is larger than the matrix {d_in} x {d_out} of {site.path!r}: "
             f"choose at most {min(d_in, d_out)}, or exclude it"
         )
+    if rule.rows and max(rule.rows) >= d_in:
+        raise ValueError(f"{site.path!r} has {d_in} rows: there is no row {max(rule.rows)} to train")
+    if rule.share and not site.main.experts:
+        raise ValueError(f"share={rule.share!r} is for experts, and {site.path!r} has none")
 
 
 def _no_match(rule: Rule, found: Sequence[Site], sites: Sites) -> str:
     if found:
         site = found[0]
-        return f"target {rule.target!r} matches only {site.path!r} and the like, of kind {site.kind}: nothing to factor"
+        return f"target {rule.target!r} matches only {site.path!r} and the like: {rule.why_not(site)}"
     if rule.target in PRESETS:
         heads = [site.path for site in sites.values() if site.head]
         hint = f" (the output head {heads[0]!r} is left out: name it to adapt it)" if heads else ""
@@ -153,108 +235,3 @@ def _no_match(rule: Rule, found: Sequence[Site], sites: Sites) -> str:
             f"target {rule.target!r} matches only weights that an earlier rule or exclude takes, such as {taken[0]!r}"
         )
     return f"target {rule.target!r} matches no parameter; nearest: {nearest(rule.target, sites)}"
-
-
-def init(key: jax.Array, params: Tree, sites: Sites, spec: Spec) -> dict[str, LoRA]:
-    """Makes the adapters a spec asks for. The lifted function is at first the function itself, exactly.
-
-    `a` is random and `b` zero; for an embedding, whose input selects a row of `a`, `b` is normal and `a` zero (as in
-    PEFT). Every leaf's key is folded from its path, so one adapter does not depend on which others there are.
-
-    Args:
-      key: a PRNG key.
-      params: the base tree; only shapes are read.
-      sites: from `trace`.
-      spec: which weights, and at which rank.
-
-    Returns:
-      `{path: adapter}`, a pytree whose leaves are the float32 factors.
-
-    Raises:
-      ValueError: if a rule matches nothing, or a rank is larger than the matrix.
-    """
-    del params  # methods that start from the base's values read it
-    return {path: _init_one(key, sites[path], rule) for path, rule in select(sites, spec).items()}
-
-
-def _init_one(key: jax.Array, site: Site, rule: Rule) -> LoRA:
-    stacked, inp, out = (tuple(site.shape[axis] for axis in axes) for axes in site.axes)
-    shape_a, shape_b = (*stacked, *inp, rule.rank), (*stacked, *out, rule.rank)
-    key = fold_path(key, site.path)
-    if site.kind == "embedding":
-        a, b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)
-    else:
-        a, b = INITIALISERS[rule.init](key, shape_a, math.prod(inp)), jnp.zeros(shape_b)
-    return LoRA(a, b, rule.scale, site.axes, rule.dropout)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a spec would do to a function, found out without computing anything; printed, a table.
-
-    Attributes:
-      sites: every parameter and its use.
-      rules: the rule of each weight to adapt.
-      adapters: the adapters' shapes.
-      base_parameters: how many parameters the base has.
-      base_bytes: their size.
-      materialised: (path, operation, source line) where a dense sum would be formed.
-    """
-
-    sites: Sites
-    rules: Mapping[str, Rule]
-    adapters: Mapping[str, LoRA]
-    base_parameters: int
-    base_bytes: int
-    materialised: Sequence[tuple[str, str, str]]
-
-    def __str__(self) -> str:
-        rows = [("target", "shape", "kind", "rank", "scale", "parameters")]
-        for path, rule in self.rules.items():
-            site = self.sites[path]
-            parameters = f"{count(self.adapters[path]):,}"
-            rows.append((path, str(list(site.shape)), site.kind, str(rule.rank), f"{rule.scale:g}", parameters))
-        trained, size = count(self.adapters), nbytes(self.adapters)
-        lines = [
-            table(rows),
-            f"{len(self.rules)} targets, {trained:,} adapter parameters ({size / 1e6:.1f} MB), "
-            f"{trained / self.base_parameters:.2%} of the base's {self.base_parameters:,} "
-            f"({self.base_bytes / 1e6:.1f} MB)",
-        ]
-        if heads := [site.path for site in self.sites.values() if site.head and site.path not in self.rules]:
-            lines.append(f"output head, left out: {', '.join(heads)}")
-        lines += [f"materialised: {path} at `{op}`, {where}" for path, op, where in self.materialised]
-        return "\n".join(lines)
-
-
-def report(
-    f: Callable[..., Any],
-    params: Tree,
-    *args: Any,
-    spec: Spec,
-    materialise: Sequence[str] = (),
-    **kwargs: Any,
-) -> Report:
-    """A dry run: what would be adapted, at what size, and where a dense weight would be formed.
-
-    Args:
-      f: a function `f(params, *args, **kwargs)`.
-      params: arrays or `jax.ShapeDtypeStruct`s.
-      *args: likewise.
-      spec: which weights, and at which rank.
-      materialise: as for `lift`.
-      **kwargs: as `*args`.
-
-    Returns:
-      A report to print or to read.
-
-    Raises:
-      ValueError: as `init`.
-      LiftError: as `lift`.
-    """
-    sites = trace(f, params, *args, **kwargs)
-    adapters = jax.eval_shape(lambda key: init(key, params, sites, spec), jax.random.key(0))
-    lifting = Lifting(tuple(materialise))
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapters)
-    jax.eval_shape(lambda adapters: run(f, Attached(params, adapters), args, kwargs, lifting), abstract)
-    return Report(sites, select(sites, spec), adapters, count(params), nbytes(params), tuple(lifting.materialised))

@@ -13,7 +13,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core import primitives as P
 
 from lora_jax import _jaxpr
-from lora_jax.methods import Axes
+from lora_jax.adapters import Axes
 from lora_jax.stored import abstract, is_stored
 from lora_jax.tree import Tree, leaves_by_path
 from lora_jax.views import View, consumed, moved, union

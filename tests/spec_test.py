@@ -62,7 +62,10 @@ def test_patterns_exclude_and_precedence():
     [
         (Spec(target="q_proj"), "target 'q_proj' matches no parameter; nearest: .*'layers/attn/q'"),
         (Spec(rank=2, exclude="lm_head"), "exclude='lm_head' matches no parameter; nearest: 'head'"),
-        (Spec(target="norm", rank=2), "target 'norm' matches only 'layers/norm' and the like, of kind elementwise"),
+        (
+            Spec(target="norm", rank=2),
+            "target 'norm' matches only 'layers/norm' and the like: it is of kind elementwise",
+        ),
         (Spec(rank=7), "rank 7 is larger than the matrix 8 x 6 of 'layers/attn/o': choose at most 6"),
         (Spec(Rule(rank=2), Rule("up", rank=2)), "target 'up' matches only weights that an earlier rule"),
     ],
@@ -86,8 +89,8 @@ def test_bad_fields(fields):
 
 
 def test_scale():
-    assert Rule(rank=16, alpha=32).scale == 2
-    assert Rule(rank=16, alpha=32, rslora=True).scale == 8
+    assert Rule(rank=16, alpha=32).scale_at(SITES["layers/attn/q"]) == 2
+    assert Rule(rank=16, alpha=32, rslora=True).scale_at(SITES["layers/attn/q"]) == 8
 
 
 @pytest.mark.parametrize("target", ["all-linear", "embed", "head"])
@@ -138,7 +141,7 @@ def test_report_says_where_a_sum_is_formed():
         return x @ jnp.sin(p["w"])
 
     args = (f, {"w": jnp.ones((6, 8))}, jnp.ones((5, 6)))
-    with pytest.raises(ValueError, match="of kind other: nothing to factor"):
+    with pytest.raises(ValueError, match="it is of kind other, and method .lora. works on"):
         lora.report(*args, spec=Spec(target="w", rank=2))
 
     def g(p, x):
