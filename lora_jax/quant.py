@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK, NESTED_BLOCK = 64, 256
+_TINY = 1e-19  # a block whose scale is smaller counts as zeros
 # The quantiles of N(0, 1) that QLoRA chose, scaled to [-1, 1].
 NF4 = np.array(
     [
@@ -108,9 +109,9 @@ class Quantised:
 
 
 class Format(NamedTuple):
-    """How numbers in [-largest, largest] become codes and back, and how many of them share a scale."""
+    """How numbers in [-bound, bound] become codes and back, and how many of them share a scale."""
 
-    largest: float
+    bound: float
     encode: Callable[[jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
     block: int | None = None
@@ -132,17 +133,22 @@ def _nf4(codes: jax.Array) -> jax.Array:
     return values[0]
 
 
+def _integer(bits: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: jnp.clip(jnp.round(x), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _float32(codes: jax.Array) -> jax.Array:
+    return codes.astype(jnp.float32)
+
+
+# Integers are bounded half a step beyond the last, so that its values too lie within half a step.
 FORMATS = {
     "nf4": Format(1, lambda x: _nearest(x, NF4), _nf4, BLOCK, packed=True, nested=True),
     "int4": Format(
-        7,
-        lambda x: (jnp.round(x) + 8).astype(jnp.uint8),
-        lambda codes: codes.astype(jnp.float32) - 8,
-        BLOCK,
-        packed=True,
+        7.5, lambda x: (_integer(4)(x) + 8).astype(jnp.uint8), lambda codes: _float32(codes) - 8, BLOCK, packed=True
     ),
-    "int8": Format(127, lambda x: jnp.round(x).astype(jnp.int8), lambda codes: codes.astype(jnp.float32)),
-    "fp8": Format(448, lambda x: x.astype(jnp.float8_e4m3fn), lambda codes: codes.astype(jnp.float32)),
+    "int8": Format(127.5, lambda x: _integer(8)(x).astype(jnp.int8), _float32),
+    "fp8": Format(448, lambda x: x.astype(jnp.float8_e4m3fn), _float32),
 }
 
 
@@ -151,7 +157,9 @@ def quantize_leaf(w: jax.Array, format: str, axis: int, stacked: int = 0) -> Qua
     """Quantises one weight, matrix by matrix.
 
     Along `axis` the weight is cut into the fewest equal blocks of at most 64 for "nf4" and "int4", one block for
-    "int8" and "fp8"; a block's scale is its largest magnitude over the format's largest number.
+    "int8" and "fp8". A block's scale is its largest magnitude over the format's bound.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314.
 
     Args:
       w: floating-point [*stacked, ...].
@@ -164,7 +172,6 @@ def quantize_leaf(w: jax.Array, format: str, axis: int, stacked: int = 0) -> Qua
 
     Raises:
       ValueError: an unknown format, or a weight that is not floating-point.
-      Source: Dettmers et al. 2023, arXiv 2305.14314.
     """
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are {', '.join(FORMATS)}")
@@ -189,10 +196,8 @@ def _quantised(w: jax.Array, format: str, axis: int) -> Quantised:
     padding[axis] = (0, blocks * block - length)
     x = _blocked(jnp.pad(w.astype(jnp.float32), padding), axis, blocks)
     absmax = jnp.max(jnp.abs(x), axis, keepdims=True)
-    scales = absmax / f.largest
-    # The division may round up past the largest number, and a block of zeros has no scale.
-    scaled = jnp.clip(x / jnp.where(scales > 0, scales, 1), -f.largest, f.largest)
-    codes = f.encode(scaled).reshape(_with_size(w.shape, axis, blocks * block))
+    scales = absmax / f.bound
+    codes = f.encode(x / jnp.where(scales > _TINY, scales, 1)).reshape(_with_size(w.shape, axis, blocks * block))
     scales = scales.squeeze(axis)
     return Quantised(
         codes=_packed(codes, axis) if f.packed else codes,
@@ -234,7 +239,7 @@ def _nested(scales: jax.Array, axis: int) -> Nested:
     ordered = jnp.moveaxis(scales - offset, axis, -1)
     groups = jnp.pad(ordered.ravel(), (0, -scales.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     absmax = jnp.max(jnp.abs(groups), 1)
-    codes = _nearest(groups / jnp.where(absmax > 0, absmax, 1)[:, None], DYNAMIC)
+    codes = _nearest(groups / jnp.where(absmax > _TINY, absmax, 1)[:, None], DYNAMIC)
     codes = codes.ravel()[: scales.size].reshape(ordered.shape)
     return Nested(jnp.moveaxis(codes, -1, axis), absmax, offset)
 
