@@ -62,8 +62,8 @@ class Quantised:
     `jax.tree.map(lambda x: x[0], q)`) gives the quantised weight of that layer.
 
     Attributes:
-      codes: in the weight's axes. uint8 holding two neighbours along `axis` (the first in the high bits) for "nf4"
-        and "int4"; int8; float8_e4m3fn.
+      codes: in the weight's axes. uint8 for "nf4" and "int4", holding the first half of a block in the high bits and
+        the second in the low ones; int8; float8_e4m3fn.
       scales: float32 with as many blocks along `axis` as the weight has, or `Nested` for "nf4".
       format: "nf4", "int4", "int8" or "fp8".
       axis: the axis along which blocks run, counted from the end.
@@ -101,10 +101,11 @@ class Quantised:
     def dequantised(self) -> jax.Array:
         """The weight, in `dtype`: values · scales, computed in float32."""
         format = FORMATS[self.format]
-        codes = _unpacked(self.codes, self.axis) if format.packed else self.codes
         scales = _unnested(self.scales, self.axis) if isinstance(self.scales, Nested) else self.scales
-        values = _blocked(format.decode(codes), self.axis, scales.shape[self.axis])
-        w = (values * jnp.expand_dims(scales, self.axis)).reshape(codes.shape)
+        codes = _blocked(self.codes, self.axis, scales.shape[self.axis])
+        values = format.decode(_unpacked(codes, self.axis) if format.packed else codes)
+        w = values * jnp.expand_dims(scales, self.axis)
+        w = w.reshape(_with_size(self.codes.shape, self.axis, -1))
         return jax.lax.slice_in_dim(w, 0, self.length, axis=w.ndim + self.axis).astype(self.dtype)
 
 
@@ -197,10 +198,12 @@ def _quantised(w: jax.Array, format: str, axis: int) -> Quantised:
     x = _blocked(jnp.pad(w.astype(jnp.float32), padding), axis, blocks)
     absmax = jnp.max(jnp.abs(x), axis, keepdims=True)
     scales = absmax / f.bound
-    codes = f.encode(x / jnp.where(scales > _TINY, scales, 1)).reshape(_with_size(w.shape, axis, blocks * block))
+    codes = f.encode(x / jnp.where(scales > _TINY, scales, 1))
+    if f.packed:
+        codes = _packed(codes, axis)
     scales = scales.squeeze(axis)
     return Quantised(
-        codes=_packed(codes, axis) if f.packed else codes,
+        codes=codes.reshape(_with_size(w.shape, axis, -1)),
         scales=_nested(scales, axis) if f.nested else scales,
         format=format,
         axis=axis,
@@ -221,16 +224,15 @@ def _blocked(x: jax.Array, axis: int, blocks: int) -> jax.Array:
 
 
 def _packed(codes: jax.Array, axis: int) -> jax.Array:
-    pairs = _blocked(codes, axis, codes.shape[axis] // 2)
-    high, low = (jax.lax.index_in_dim(pairs, i, pairs.ndim + axis, keepdims=False) for i in range(2))
+    """The two halves of every block in the high and the low bits of one: no neighbours trade places."""
+    high, low = jnp.split(codes, 2, axis)
     return (high << 4) | low
 
 
 def _unpacked(codes: jax.Array, axis: int) -> jax.Array:
-    at = codes.ndim + axis
-    shifts = jnp.array([4, 0], jnp.uint8).reshape(2, *[1] * (-axis - 1))
-    pairs = (jnp.expand_dims(codes, at + 1) >> jnp.expand_dims(shifts, range(at + 1))) & 15
-    return pairs.reshape(_with_size(codes.shape, axis, 2 * codes.shape[axis]))
+    shifts = jnp.array([4, 0], jnp.uint8).reshape(2, *[1] * -axis)
+    halves = (jnp.expand_dims(codes, axis - 1) >> jnp.expand_dims(shifts, range(codes.ndim + axis))) & 15
+    return halves.reshape(_with_size(codes.shape, axis, 2 * codes.shape[axis]))
 
 
 def _nested(scales: jax.Array, axis: int) -> Nested:
