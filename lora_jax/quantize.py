@@ -75,7 +75,7 @@ def quantize(params: Tree, sites: Sites, rules: Rules) -> Tree:
     leaves, new = leaves_by_path(params, is_leaf=_is_quantised), {}
     for path, choice in choose(sites, rules).items():
         leaf, shape = leaves.get(path), sites[path].shape
-        if _is_quantised(leaf):
+        if isinstance(leaf, Quantised):
             raise ValueError(f"{path!r} is quantised already, to {leaf.format}; dequantize the parameters first")
         if leaf is None or leaf.shape != shape:
             has = "does not have" if leaf is None else f"has {list(leaf.shape)} at"
