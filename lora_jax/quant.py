@@ -122,7 +122,10 @@ class Format(NamedTuple):
 
 def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
     """The uint8 index of the entry of an ascending table nearest to each x."""
-    return jnp.searchsorted((table[:-1] + table[1:]) / 2, x, method="compare_all").astype(jnp.uint8)
+    midpoints = jnp.asarray((table[:-1] + table[1:]) / 2)
+    # One at a time: all comparisons at once would be many times the size of x.
+    zeros = jnp.zeros(x.shape, jnp.uint8)
+    return jax.lax.fori_loop(0, midpoints.size, lambda i, n: n + (x > midpoints[i]).astype(jnp.uint8), zeros)
 
 
 def _nf4(codes: jax.Array) -> jax.Array:
@@ -249,7 +252,8 @@ def _nested(scales: jax.Array, axis: int) -> Nested:
 def _unnested(nested: Nested, axis: int) -> jax.Array:
     """The float32 block scales."""
     codes, lead = nested.codes, nested.offset.shape
-    ordered = np.moveaxis(np.empty(codes.shape[len(lead) :], bool), axis, -1).shape
+    ordered = list(codes.shape[len(lead) :])
+    ordered.append(ordered.pop(axis))
     scale = jnp.repeat(nested.scale, NESTED_BLOCK, -1)[..., : math.prod(ordered)]
     scale = jnp.moveaxis(scale.reshape(*lead, *ordered), -1, axis)
     offset = jnp.expand_dims(nested.offset, range(len(lead), codes.ndim))
