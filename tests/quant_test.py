@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_jax.quant import DYNAMIC, FORMATS, NF4, Nested, Quantised, quantize_leaf
 
-settings.register_profile("lora", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("lora", max_examples=15, deadline=None, derandomize=True)
 settings.load_profile("lora")
 
 
