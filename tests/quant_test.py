@@ -1,7 +1,9 @@
 """Quantised weights hold the numbers qwix's and bitsandbytes' do, within each format's error, layer by layer."""
 
+import functools
 import math
 
+import aot_test
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,6 +211,23 @@ def test_compiled_for_little_memory(format):
     q = jax.eval_shape(lambda w: quantize_leaf(w, format, -2, 1), w)
     back = jax.jit(Quantised.dequantised).lower(q).compile()
     assert back.memory_analysis().temp_size_in_bytes < layer / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_product_compiled_for_hardware(format):
+    def formed(target):
+        """The temporaries of x @ w, as a part of the dequantised w."""
+        where = jax.sharding.SingleDeviceSharding(aot_test.device(target))
+        x, w = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)
+        q = jax.eval_shape(lambda w: quantize_leaf(w, format, -2), w)
+        place = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where))
+        options = {"xla_gpu_autotune_level": 0} if target == "h100" else None
+        program = jax.jit(lambda x, q: x @ q.dequantised()).lower(place(x), place(q)).compile(options)
+        return program.memory_analysis().temp_size_in_bytes / (2 * w.size)
+
+    assert formed("tpu") < 0.02  # codes and scales go into the product
+    assert 0.9 < formed("h100") < 1.05  # XLA hands cuBLAS an array, in bfloat16, and makes no other
 
 
 def test_four_bits_are_decoded_without_a_gather(key):
