@@ -152,5 +152,7 @@ def _no_match(pattern: str, matched: Sequence[Site], sites: Sites) -> str:
     if taken:
         return f"rule {pattern!r} matches only weights that an earlier rule takes, such as {taken[0]!r}"
     if pattern in PRESETS:
-        return f"rule {pattern!r} matches no weight of {', '.join(map(repr, sites))}; name them by a regular expression"
+        heads = [site.path for site in sites.values() if site.head]
+        hint = f" (the output head {heads[0]!r} is left out: name it to quantise it)" if heads else ""
+        return f"rule {pattern!r} matches no weight{hint}; nearest: {nearest(pattern, sites)}"
     return f"rule {pattern!r} matches no parameter; nearest: {nearest(pattern, sites)}"

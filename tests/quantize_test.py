@@ -85,7 +85,10 @@ def test_quantize_and_dequantize(quick, params, sites):
 BAD_RULES = {
     "format": ({"all-linear": "nf5"}, r"no format 'nf5' \(rule 'all-linear'\); there are nf4, int4, int8, fp8"),
     "no match": ({"kernels": "nf4"}, "rule 'kernels' matches no parameter; nearest: 'dense/kernel', "),
-    "preset": ({"mlp": "nf4"}, "rule 'mlp' matches no weight of 'dense/bias', "),
+    "preset": (
+        {"mlp": "nf4"},
+        r"'mlp' matches no weight \(the output head 'last' is left out: name it to quantise it\); nearest: '",
+    ),
     "elementwise": ({"bias": "nf4"}, "matches only 'dense/bias' and the like, elementwise and float32: only float"),
     "integer": ({"ints": "nf4"}, "matches only 'ints' and the like, elementwise and int8: only floating-point"),
     "taken": ({"turned": "nf4", "tur": "int4"}, "'tur' matches only weights that an earlier rule takes, such as 'turn"),
