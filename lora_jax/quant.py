@@ -108,6 +108,11 @@ class Quantised:
         w = w.reshape(_with_size(self.codes.shape, self.axis, -1))
         return jax.lax.slice_in_dim(w, 0, self.length, axis=w.ndim + self.axis).astype(self.dtype)
 
+    def requantised(self, w: jax.Array) -> Quantised:
+        """Another weight of this shape in this format."""
+        stacked = self.scales.offset.ndim if isinstance(self.scales, Nested) else 0
+        return quantize_leaf(w.astype(self.dtype), self.format, self.axis, stacked)
+
 
 class Format(NamedTuple):
     """How numbers in [-bound, bound] become codes and back, and how many of them share a scale."""

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from lora_jax.adapters import fold_path
 from lora_jax.bottleneck import Bottleneck
-from lora_jax.inits import DECOMPOSITIONS, INITIALISERS
+from lora_jax.inits import DECOMPOSITIONS, INITIALISERS, Decomposition
 from lora_jax.leaves import Leaf, Rows
 from lora_jax.methods import IA3, PROJECTIONS, AdaLoRA, DoRA, LoRA, Projections, VeRA
 from lora_jax.spec import Rule, Spec, select
-from lora_jax.stored import weight
+from lora_jax.stored import is_stored
 from lora_jax.trace import Site, Sites
 from lora_jax.tree import Tree, leaves_by_path
 
@@ -69,6 +69,30 @@ def _shapes(site: Site) -> _Shapes:
     return _Shapes(*(tuple(site.shape[axis] for axis in axes) for axes in site.axes))
 
 
+def decomposed(decomposition: Decomposition, w: jax.Array, site: Site, rule: Rule) -> tuple[jax.Array, jax.Array]:
+    """Factors taken from every matrix of a weight, one after the other.
+
+    Args:
+      decomposition: of one matrix.
+      w: the weight.
+      site: where it stands.
+      rule: its rule.
+
+    Returns:
+      a [*stacked, *in, R] and b [*stacked, *out, R].
+    """
+    stacked, inp, out = _shapes(site)
+    rank, scale = rule.rank_at(site), rule.scale_at(site)
+    w_SDF = w.transpose([axis for axes in site.axes for axis in axes]).astype(jnp.float32)
+    w_SDF = w_SDF.reshape(-1, math.prod(inp), math.prod(out))
+    a, b = jax.lax.map(lambda w_DF: decomposition(w_DF, rank, scale), w_SDF)
+    return a.reshape(*stacked, *inp, rank), b.reshape(*stacked, *out, rank)
+
+
+def _array(leaf: Any) -> jax.Array:
+    return leaf.dequantised() if is_stored(leaf) else leaf
+
+
 def _lora(key: jax.Array, site: Site, rule: Rule, leaf: Any, frozen: tuple[str, ...] = ()) -> LoRA:
     stacked, inp, out = _shapes(site)
     rank = rule.rank_at(site)
@@ -80,12 +104,7 @@ def _lora(key: jax.Array, site: Site, rule: Rule, leaf: Any, frozen: tuple[str, 
     if site.kind == "embedding":
         a, b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)
     elif rule.init in DECOMPOSITIONS:
-        order = [axis for axes in site.axes for axis in axes]
-        w = weight(leaf)
-        w_SDF = (w if isinstance(w, jax.Array) else leaf.dequantised()).transpose(order)
-        w_SDF = w_SDF.reshape(-1, math.prod(inp), math.prod(out)).astype(jnp.float32)
-        pairs = jax.lax.map(lambda w_DF: DECOMPOSITIONS[rule.init](w_DF, rank, rule.scale_at(site)), w_SDF)
-        a, b = (x.reshape(shape) for x, shape in zip(pairs, (shape_a, shape_b), strict=True))
+        a, b = decomposed(DECOMPOSITIONS[rule.init], _array(leaf), site, rule)
         start = (a.copy(), b.copy())  # a and its start are donated apart
     else:
         a, b = INITIALISERS[rule.init](key, shape_a, math.prod(inp)), jnp.zeros(shape_b)
@@ -98,8 +117,7 @@ def _lora_fa(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> LoRA:
 
 def _dora(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> DoRA:
     stacked, inp, out = site.axes
-    w = leaf.dequantised() if hasattr(leaf, "dequantised") else leaf
-    norm = jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), inp))
+    norm = jnp.sqrt(jnp.sum(jnp.square(_array(leaf).astype(jnp.float32)), inp))
     left = sorted((*stacked, *out))
     return DoRA(_lora(key, site, rule, leaf), norm.transpose([left.index(axis) for axis in (*stacked, *out)]))
 
@@ -131,8 +149,7 @@ def _bottleneck(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> Bottleneck
 
 def _full(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> Leaf:
     # A copy: the base is never donated with what is trained.
-    value = leaf.dequantised() if hasattr(leaf, "dequantised") else leaf
-    return Leaf(jnp.array(value, jnp.float32, copy=True))
+    return Leaf(jnp.array(_array(leaf), jnp.float32, copy=True))
 
 
 def _rows(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> Rows:
