@@ -6,6 +6,7 @@ y        = lora.lift(f)(lora.attach(params, adapters), x)    # factored: x·W + 
 params2  = lora.merge(params, adapters)                      # W + γ a b, plain parameters again
 """
 
+from lora_jax import arithmetic as arithmetic
 from lora_jax.adapters import Axes
 from lora_jax.bottleneck import Bottleneck
 from lora_jax.leaves import Leaf, Rows
