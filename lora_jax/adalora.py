@@ -67,18 +67,19 @@ def adalora(
     if not 0 <= start < end:
         raise ValueError(f"pruning begins at step {start}, which must be before step {end}, where it ends")
 
-    def init(adapters: Mapping[str, AdaLoRA]) -> PruningState:
+    def init(adapters: Any) -> PruningState:
         for path, adapter in adapters.items():
             if not isinstance(adapter, AdaLoRA):
                 raise ValueError(f"the adapter of {path!r} is {type(adapter).__name__}, not AdaLoRA: nothing to prune")
         zeros = jax.tree.map(jnp.zeros_like, adapters)
         return PruningState(jnp.zeros((), jnp.int32), zeros, zeros, tx.init(adapters))
 
-    def update(gradients: Any, state: PruningState, adapters: Any = None) -> tuple[Any, PruningState]:
+    def update(gradients: Any, state: Any, adapters: Any = None) -> tuple[Any, Any]:
         now = jax.tree.map(lambda p, g: jnp.abs(p * g), adapters, gradients)
         mean = jax.tree.map(lambda m, x: beta * m + (1 - beta) * x, state.sensitivity, now)
         spread = jax.tree.map(lambda u, x, m: beta * u + (1 - beta) * jnp.abs(x - m), state.uncertainty, now, mean)
         regularised = jax.tree.map(jnp.add, gradients, _orthogonality(adapters, orthogonal))
+        updates: Any
         updates, inner = tx.update(regularised, state.inner, adapters)
         step = state.step + 1
         scores = {path: _importance(mean[path], spread[path]) for path in adapters}
@@ -97,7 +98,7 @@ def adalora(
 
         return {path: pruned(path) for path in updates}, PruningState(step, mean, spread, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
 def _importance(mean: AdaLoRA, spread: AdaLoRA) -> jax.Array:

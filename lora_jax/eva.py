@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Axes, factor
+from lora_jax.adapters import Axes, factor, marked
 from lora_jax.factored import Factored
 from lora_jax.lift import attach, lift
 from lora_jax.methods import LoRA
@@ -35,7 +35,10 @@ class _Moments:
         return Factored(weight(w), moments=factor(self.moments, (*self.axes.stacked, *self.axes.inp)), path=path)
 
     def check(self, path: str, shape: Sequence[int]) -> None:
-        pass
+        pass  # it is made from the shape
+
+    def trained(self) -> _Moments:
+        return marked(self)
 
 
 def second_moments(f: Callable[..., Any], params: Tree, *args: Any, sites: Sites, paths: Sequence[str]) -> dict:

@@ -37,7 +37,7 @@ BASES = ("float32", "bfloat16", "nf4", "int8", "int4", "fp8")
 # How far a start is from the base: exactly equal, but for what is divided by a norm or cancels a start.
 START = {"dora": 1e-6, "pissa": 3e-6, "olora": 3e-6}
 # Products in bfloat16 and their sums round to 8 bits, and merging rounds the weight to 8 bits as well.
-CLOSE = {"bfloat16": 2e-2}
+CLOSE = {"bfloat16": 4e-2}
 
 
 def layer(x, w):
@@ -110,7 +110,9 @@ def bottlenecked(params, adapters):
     return x @ p["head"]
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "base", [b if b in ("float32", "bfloat16", "nf4") else pytest.param(b, marks=pytest.mark.slow) for b in BASES]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_invariants(method, base, key, tmp_path):
     params, spec = base_of(base), Spec(METHODS[method])
