@@ -1,7 +1,7 @@
 """A Llama decoder: the modules of `modules.py`, used as pure functions of a nested dict of arrays.
 
-Shapes: B batch, T time, S cache slots, D model, F hidden, H query heads, K key/value heads, h head dim,
-V vocabulary, L layers. The layers' parameters are stacked on a leading axis L and run by one scan.
+Shapes: B batch, T time, S cache slots, N tokens of a prefix, D model, H query heads, K key/value heads, h head
+dim, V vocabulary, L layers. The layers' parameters are stacked on a leading axis L and run by one scan.
 """
 
 import functools
@@ -35,6 +35,7 @@ REMAT = {
 }
 Params = Any
 Cache = dict[str, jax.Array]
+KeysValues = attention.KeysValues
 
 
 @functools.cache
@@ -68,6 +69,7 @@ def hidden(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     remat: str = "none",
+    prefix: KeysValues | None = None,
 ) -> jax.Array:
     """The decoder up to its head.
 
@@ -79,32 +81,77 @@ def hidden(
       segments_BT: tokens see earlier tokens of their own segment only; one segment per row if None.
       remat: "none" keeps what the backward pass needs, "full" recomputes each layer from its input,
         "dots" keeps the results of products only.
+      prefix: keys and values [L, N, K, h], as `keys_values` gives them, of N tokens before every segment of every
+        row; `positions_BT` is counted from the end of the prefix.
 
     Returns:
       hidden_BTD, normalised, in the dtype of the embedding.
 
     Raises:
-      ValueError: an unknown `remat`.
+      ValueError: an unknown `remat`, or a prefix that does not fit the decoder or leaves too little of its context.
     """
+    model = _model(params, config)
+    _check(prefix, config, tokens_BT.shape[1] if positions_BT is None else 0)
+    x_BTD = model.embed.embedding[...][tokens_BT]
+    return model.final_norm(_layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0])
+
+
+def keys_values(params: Params, x_ND: jax.Array, config: DecoderConfig, remat: str = "none") -> KeysValues:
+    """What later tokens see of N tokens: the rotated keys and the values of each layer.
+
+    Args:
+      params: nested dict of arrays as `init` makes it.
+      x_ND: the tokens as they enter the first layer, such as rows of the embedding, at positions 0 to N - 1.
+      config: the decoder's shape.
+      remat: as `hidden`.
+
+    Returns:
+      Keys and values, each [L, N, K, h], in the dtype of the embedding: a `prefix` for texts that begin with them.
+    """
+    model = _model(params, config)
+    x_BTD = x_ND[None].astype(model.embed.embedding[...].dtype)
+    _, (k_LBNKh, v_LBNKh) = _layers(model, x_BTD, config, None, None, remat, None, keep=True)
+    return k_LBNKh[:, 0], v_LBNKh[:, 0]
+
+
+def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep=False) -> tuple[jax.Array, Any]:
+    """The residual stream after the last layer and, to `keep`, the keys and values of every layer."""
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not one of: {', '.join(REMAT)}")
-    B, T = tokens_BT.shape
-    model = _model(params, config)
+    B, T, _ = x_BTD.shape
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    angles = attention.rotary(positions_BT, config)
+    angles = attention.rotary(_shifted(positions_BT, prefix), config)
     layer_graph, layers = nnx.split(model.layers)
 
-    def body(x_BTD, layer):
+    def body(x_BTD, layer_and_prefix):
+        layer, prefix_NKh = layer_and_prefix
+
         def attend(q, k, v):
-            return attention.causal(q, k, v, segments_BT), None
+            return attention.causal(q, k, v, segments_BT, prefix_NKh), (k, v) if keep else None
 
         return nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(body, model.embed.embedding[...][tokens_BT], layers)
-    return model.final_norm(x_BTD)
+    return jax.lax.scan(body, x_BTD, (layers, prefix))
+
+
+def _shifted(positions_BT: jax.Array, prefix: KeysValues | None) -> jax.Array:
+    return positions_BT if prefix is None else positions_BT + prefix[0].shape[1]
+
+
+def _check(prefix: KeysValues | None, config: DecoderConfig, room: int) -> None:
+    if prefix is None:
+        return
+    shapes, N = [x.shape for x in prefix], prefix[0].shape[1]
+    want = (config.layers, N, config.kv_heads, config.head_dim)
+    if shapes != [want, want]:
+        raise ValueError(f"prefix: keys {shapes[0]} and values {shapes[1]} do not fit this decoder: each is {want}")
+    if N + room > config.context:
+        raise ValueError(
+            f"a prefix of {N} and {room} tokens of text are more than the {config.context} positions of this decoder"
+        )
 
 
 def head(params: Params, hidden_BTD: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -128,9 +175,10 @@ def forward(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     remat: str = "none",
+    prefix: KeysValues | None = None,
 ) -> jax.Array:
     """logits_BTV, float32: `head(hidden(...))`, with the arguments of `hidden`."""
-    return head(params, hidden(params, tokens_BT, config, positions_BT, segments_BT, remat), config)
+    return head(params, hidden(params, tokens_BT, config, positions_BT, segments_BT, remat, prefix), config)
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
@@ -145,7 +193,12 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype =
 
 
 def forward_with_cache(
-    params: Params, tokens_BT: jax.Array, config: DecoderConfig, positions_BT: jax.Array, cache: Cache
+    params: Params,
+    tokens_BT: jax.Array,
+    config: DecoderConfig,
+    positions_BT: jax.Array,
+    cache: Cache,
+    prefix: KeysValues | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Appends tokens to a cache and predicts what follows each row's last one.
 
@@ -155,13 +208,18 @@ def forward_with_cache(
       config: the decoder's shape.
       positions_BT: their positions in the row's text; -1 marks padding, which no token sees.
       cache: from `init_cache` or the previous call; the caller sees to it that T slots are left.
+      prefix: as `hidden`, the same in every call; it takes no slots.
 
     Returns:
       logits_BV, float32, for the token after the one with the largest position, and the new cache.
+
+    Raises:
+      ValueError: a prefix that does not fit the decoder, or with the slots is longer than its context.
     """
     T = tokens_BT.shape[1]
     model = _model(params, config)
-    angles = attention.rotary(positions_BT, config)
+    _check(prefix, config, cache["positions"].shape[1])
+    angles = attention.rotary(_shifted(positions_BT, prefix), config)
     start = cache["length"]
     positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, start))
     mask_BTS = (positions_BS >= 0)[:, None, :] & (positions_BS[:, None, :] <= positions_BT[:, :, None])
@@ -169,7 +227,7 @@ def forward_with_cache(
 
     def body(carry, xs):
         x_BTD, k_LBKSh, v_LBKSh = carry
-        layer, index = xs
+        layer, index, prefix_NKh = xs
 
         def written(cache_LBKSh, x_BTKh):
             x_LBKTh = x_BTKh.swapaxes(1, 2)[None].astype(cache_LBKSh.dtype)
@@ -178,13 +236,13 @@ def forward_with_cache(
         def attend(q, k, v):
             # The whole cache is carried and written in place: as scanned outputs it would be copied.
             new_k, new_v = written(k_LBKSh, k), written(v_LBKSh, v)
-            return attention.masked(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
+            return attention.masked(q, new_k[index], new_v[index], mask_BTS, prefix_NKh), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
         return (x_BTD, new_k, new_v), None
 
     carry = (model.embed.embedding[...][tokens_BT], cache["k"], cache["v"])
-    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers)))
+    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), prefix))
     last_B = jnp.argmax(positions_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     logits_BV = head(params, model.final_norm(x_BD), config)
