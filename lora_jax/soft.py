@@ -8,6 +8,8 @@ run over N tokens per step, however many rows and packed examples the batch has.
     tree   = soft.attach(params, prompt, config)                # differentiable in the prompt
     y      = soft.applied(decoder.forward)(tree, tokens, config)
 
+`soft.applied(lora.lift(f))` takes parameters with a prompt, with adapters, with both, and with neither.
+
 Shapes: N trained tokens, D model, L layers, K key/value heads, h head dim.
 """
 

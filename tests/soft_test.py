@@ -81,10 +81,12 @@ def test_adapters_beside_a_prompt(tiny, key):
     adapters = lora.init(key, tiny, lora.trace(decoder.forward, tiny, x, TINY), lora.Spec(rank=2))
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     tree = soft.attach(lora.attach(tiny, adapters), prompt, TINY, keys_values=lora.lift(decoder.keys_values))
-    both = jax.jit(soft.applied(lora.lift(decoder.forward)), static_argnames="config")(tree, x, TINY)
+    run = jax.jit(soft.applied(lora.lift(decoder.forward)), static_argnames="config")
+    both = run(tree, x, TINY)
     merged = forward(soft.attach(lora.merge(tiny, adapters), prompt, TINY), x, TINY)
     np.testing.assert_allclose(both, merged, atol=1e-3)
     assert np.abs(both - forward(soft.attach(tiny, prompt, TINY), x, TINY)).max() > 0.1
+    np.testing.assert_array_equal(run(tiny, x, TINY), forward(tiny, x, TINY))
 
 
 # --- Starts ---
