@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax as lora
-from lora_jax.models import decoder, loss
+from lora_jax.models import decoder, loss, modules
 from lora_jax.models.config import DecoderConfig
 
 SMOLLM2 = DecoderConfig(
@@ -51,7 +51,8 @@ def rewritten(f):
     @functools.wraps(f)
     def call(*args):
         # The decoder caches its module; this one is made afresh.
-        with mock.patch.multiple(decoder, Projection=ByHand, _graph=decoder._graph.__wrapped__):
+        fresh = mock.patch.object(decoder, "_graph", decoder._graph.__wrapped__)
+        with fresh, mock.patch.object(modules, "Projection", ByHand):
             return f(*args)
 
     return call

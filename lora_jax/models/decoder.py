@@ -1,21 +1,20 @@
-"""A Llama decoder: Flax NNX modules, used as pure functions of a nested dict of arrays.
+"""A Llama decoder: the modules of `modules.py`, used as pure functions of a nested dict of arrays.
 
-Shapes: B batch, T time, S cache slots, D model, F hidden, H query heads, K key/value heads, h head dim,
-V vocabulary, L layers. The layers' parameters are stacked on a leading axis L and run by one scan.
+Shapes: B batch, T time, S cache slots, N tokens of a prefix, D model, H query heads, K key/value heads, h head
+dim, V vocabulary, L layers. The layers' parameters are stacked on a leading axis L and run by one scan.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import attention
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.modules import Decoder
 
 
 def _narrow(primitive: Any, *operands: Any, **params: Any) -> bool:
@@ -36,96 +35,7 @@ REMAT = {
 }
 Params = Any
 Cache = dict[str, jax.Array]
-
-
-class Projection(nnx.Module):
-    """x·W; the first `contract` axes of the kernel are the input's, and all are flattened in the product."""
-
-    def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs, contract: int = 1):
-        init = nnx.initializers.lecun_normal(range(contract), range(contract, len(shape)))
-        self.kernel = nnx.Param(init(rngs.params(), shape))
-
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        """The product of two matrices, in the dtype of x."""
-        kernel = self.kernel[...].astype(x_ND.dtype)
-        return checkpoint_name(x_ND @ kernel.reshape(x_ND.shape[-1], -1), "kept")
-
-
-class RMSNorm(nnx.Module):
-    """x / √(mean x² + ε) · scale, in float32."""
-
-    def __init__(self, dim: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The normalised x, in its dtype."""
-        return normalised(x, self.scale[...], self.eps)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def normalised(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm, its backward pass keeping x alone, in its own dtype."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """One row of a table per token."""
-
-    def __init__(self, vocab: int, dim: int, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab, dim)))
-
-
-class Layer(nnx.Module):
-    """Attention and a gated MLP, each with a norm before it and a residual around it."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        D, F, H, K, h = config.dim, config.hidden, config.heads, config.kv_heads, config.head_dim
-        self.head_dim = h
-        self.attn_norm = RMSNorm(D, config.norm_eps)
-        self.q_proj = Projection((D, H, h), rngs)
-        self.k_proj = Projection((D, K, h), rngs)
-        self.v_proj = Projection((D, K, h), rngs)
-        self.o_proj = Projection((H, h, D), rngs, contract=2)
-        self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_proj = Projection((D, F), rngs)
-        self.up_proj = Projection((D, F), rngs)
-        self.down_proj = Projection((F, D), rngs)
-
-    def __call__(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Callable):
-        """The layer's output, and whatever `attend(q, k, v)` returns beside its own."""
-        B, T, D = x_BTD.shape
-        heads = (B, T, -1, self.head_dim)
-        # Products see all tokens as the rows of one matrix: with two row axes, XLA transposes the operands of
-        # every gradient product.
-        x_ND = x_BTD.reshape(B * T, D)
-        n_ND = self.attn_norm(x_ND)
-        q_BTHh = attention.rotate(self.q_proj(n_ND).reshape(heads), *angles)
-        k_BTKh = attention.rotate(self.k_proj(n_ND).reshape(heads), *angles)
-        mixed_BTHh, extra = attend(q_BTHh, k_BTKh, self.v_proj(n_ND).reshape(heads))
-        x_ND = x_ND + self.o_proj(checkpoint_name(mixed_BTHh.reshape(B * T, -1), "kept"))
-        n_ND = self.mlp_norm(x_ND)
-        x_ND = x_ND + self.down_proj(gated(self.gate_proj(n_ND), self.up_proj(n_ND)))
-        return x_ND.reshape(B, T, D), extra
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate)·up, its backward pass keeping the two inputs only."""
-    return jax.nn.silu(gate) * up
-
-
-class Decoder(nnx.Module):
-    """Embedding, layers stacked on a leading axis, final norm, and a head unless it is tied."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.embed = Embedding(config.vocab, config.dim, rngs)
-        self.layers = nnx.vmap(lambda r: Layer(config, r))(rngs.split(config.layers))
-        self.final_norm = RMSNorm(config.dim, config.norm_eps)
-        if not config.tied:
-            self.head = Projection((config.dim, config.vocab), rngs)
+KeysValues = attention.KeysValues
 
 
 @functools.cache
@@ -159,6 +69,7 @@ def hidden(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     remat: str = "none",
+    prefix: KeysValues | None = None,
 ) -> jax.Array:
     """The decoder up to its head.
 
@@ -170,32 +81,77 @@ def hidden(
       segments_BT: tokens see earlier tokens of their own segment only; one segment per row if None.
       remat: "none" keeps what the backward pass needs, "full" recomputes each layer from its input,
         "dots" keeps the results of products only.
+      prefix: keys and values [L, N, K, h], as `keys_values` gives them, of N tokens before every segment of every
+        row; `positions_BT` is counted from the end of the prefix.
 
     Returns:
       hidden_BTD, normalised, in the dtype of the embedding.
 
     Raises:
-      ValueError: an unknown `remat`.
+      ValueError: an unknown `remat`, or a prefix that does not fit the decoder or leaves too little of its context.
     """
+    model = _model(params, config)
+    _check(prefix, config, tokens_BT.shape[1] if positions_BT is None else 0)
+    x_BTD = model.embed.embedding[...][tokens_BT]
+    return model.final_norm(_layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0])
+
+
+def keys_values(params: Params, x_ND: jax.Array, config: DecoderConfig, remat: str = "none") -> KeysValues:
+    """What later tokens see of N tokens: the rotated keys and the values of each layer.
+
+    Args:
+      params: nested dict of arrays as `init` makes it.
+      x_ND: the tokens as they enter the first layer, such as rows of the embedding, at positions 0 to N - 1.
+      config: the decoder's shape.
+      remat: as `hidden`.
+
+    Returns:
+      Keys and values, each [L, N, K, h], in the dtype of the embedding: a `prefix` for texts that begin with them.
+    """
+    model = _model(params, config)
+    x_BTD = x_ND[None].astype(model.embed.embedding[...].dtype)
+    _, (k_LBNKh, v_LBNKh) = _layers(model, x_BTD, config, None, None, remat, None, keep=True)
+    return k_LBNKh[:, 0], v_LBNKh[:, 0]
+
+
+def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep=False) -> tuple[jax.Array, Any]:
+    """The residual stream after the last layer and, to `keep`, the keys and values of every layer."""
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not one of: {', '.join(REMAT)}")
-    B, T = tokens_BT.shape
-    model = _model(params, config)
+    B, T, _ = x_BTD.shape
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    angles = attention.rotary(positions_BT, config)
+    angles = attention.rotary(_shifted(positions_BT, prefix), config)
     layer_graph, layers = nnx.split(model.layers)
 
-    def body(x_BTD, layer):
+    def body(x_BTD, layer_and_prefix):
+        layer, prefix_NKh = layer_and_prefix
+
         def attend(q, k, v):
-            return attention.causal(q, k, v, segments_BT), None
+            return attention.causal(q, k, v, segments_BT, prefix_NKh), (k, v) if keep else None
 
         return nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(body, model.embed.embedding[...][tokens_BT], layers)
-    return model.final_norm(x_BTD)
+    return jax.lax.scan(body, x_BTD, (layers, prefix))
+
+
+def _shifted(positions_BT: jax.Array, prefix: KeysValues | None) -> jax.Array:
+    return positions_BT if prefix is None else positions_BT + prefix[0].shape[1]
+
+
+def _check(prefix: KeysValues | None, config: DecoderConfig, room: int) -> None:
+    if prefix is None:
+        return
+    shapes, N = [x.shape for x in prefix], prefix[0].shape[1]
+    want = (config.layers, N, config.kv_heads, config.head_dim)
+    if shapes != [want, want]:
+        raise ValueError(f"prefix: keys {shapes[0]} and values {shapes[1]} do not fit this decoder: each is {want}")
+    if N + room > config.context:
+        raise ValueError(
+            f"a prefix of {N} and {room} tokens of text are more than the {config.context} positions of this decoder"
+        )
 
 
 def head(params: Params, hidden_BTD: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -219,9 +175,10 @@ def forward(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     remat: str = "none",
+    prefix: KeysValues | None = None,
 ) -> jax.Array:
     """logits_BTV, float32: `head(hidden(...))`, with the arguments of `hidden`."""
-    return head(params, hidden(params, tokens_BT, config, positions_BT, segments_BT, remat), config)
+    return head(params, hidden(params, tokens_BT, config, positions_BT, segments_BT, remat, prefix), config)
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
@@ -236,7 +193,12 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype =
 
 
 def forward_with_cache(
-    params: Params, tokens_BT: jax.Array, config: DecoderConfig, positions_BT: jax.Array, cache: Cache
+    params: Params,
+    tokens_BT: jax.Array,
+    config: DecoderConfig,
+    positions_BT: jax.Array,
+    cache: Cache,
+    prefix: KeysValues | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Appends tokens to a cache and predicts what follows each row's last one.
 
@@ -246,13 +208,18 @@ def forward_with_cache(
       config: the decoder's shape.
       positions_BT: their positions in the row's text; -1 marks padding, which no token sees.
       cache: from `init_cache` or the previous call; the caller sees to it that T slots are left.
+      prefix: as `hidden`, the same in every call; it takes no slots.
 
     Returns:
       logits_BV, float32, for the token after the one with the largest position, and the new cache.
+
+    Raises:
+      ValueError: a prefix that does not fit the decoder, or with the slots is longer than its context.
     """
     T = tokens_BT.shape[1]
     model = _model(params, config)
-    angles = attention.rotary(positions_BT, config)
+    _check(prefix, config, cache["positions"].shape[1])
+    angles = attention.rotary(_shifted(positions_BT, prefix), config)
     start = cache["length"]
     positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, start))
     mask_BTS = (positions_BS >= 0)[:, None, :] & (positions_BS[:, None, :] <= positions_BT[:, :, None])
@@ -260,7 +227,7 @@ def forward_with_cache(
 
     def body(carry, xs):
         x_BTD, k_LBKSh, v_LBKSh = carry
-        layer, index = xs
+        layer, index, prefix_NKh = xs
 
         def written(cache_LBKSh, x_BTKh):
             x_LBKTh = x_BTKh.swapaxes(1, 2)[None].astype(cache_LBKSh.dtype)
@@ -269,13 +236,13 @@ def forward_with_cache(
         def attend(q, k, v):
             # The whole cache is carried and written in place: as scanned outputs it would be copied.
             new_k, new_v = written(k_LBKSh, k), written(v_LBKSh, v)
-            return attention.masked(q, new_k[index], new_v[index], mask_BTS), (new_k, new_v)
+            return attention.masked(q, new_k[index], new_v[index], mask_BTS, prefix_NKh), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
         return (x_BTD, new_k, new_v), None
 
     carry = (model.embed.embedding[...][tokens_BT], cache["k"], cache["v"])
-    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers)))
+    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), prefix))
     last_B = jnp.argmax(positions_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     logits_BV = head(params, model.final_norm(x_BD), config)
