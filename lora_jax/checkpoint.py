@@ -51,7 +51,7 @@ def fingerprint(params: Any) -> str:
       16 hexadecimal digits, the same for the same base on every machine.
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted(leaves_by_path(params).items()):
+    for path, leaf in sorted(leaves_by_path(params, is_leaf=lambda _: False).items()):
         digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
         if leaf.size:
             # Indexed by axes, not flattened: a sharded leaf stays where it is.

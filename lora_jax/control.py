@@ -93,7 +93,7 @@ def _scan(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         ]
         outs = lifting.evaluate(jaxpr, consts, [*shared, *_filled(carry, fixed), *layer])
         new = [out for i, out in enumerate(outs[:n_carry]) if i not in fixed]
-        ys = [out for j, out in enumerate(outs[n_carry:]) if j not in passed]
+        ys = [_stackable(lifting, eqn, out) for j, out in enumerate(outs[n_carry:]) if j not in passed]
         return _like(lifting, eqn, new, carry), ys
 
     start = [value for i, value in enumerate(init) if i not in fixed]
@@ -108,7 +108,7 @@ def _scan(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 
 def _movable(lifting: Evaluation, eqn: JaxprEqn, weight: Factored) -> Any:
     # Layers of what is stored can be sliced off as long as nothing was done to the layout of all of them.
-    if isinstance(weight.w, Deferred) and weight.w.moves:
+    if isinstance(weight.w, Deferred) and weight.w.layer_moves is None:
         why = "its layout was changed before its layers are scanned, while it is stored in another form"
         return lifting.dense(weight, eqn.primitive.name, _jaxpr.source_line(eqn), why)
     return weight
@@ -116,7 +116,8 @@ def _movable(lifting: Evaluation, eqn: JaxprEqn, weight: Factored) -> Any:
 
 def _moving(weight: Factored) -> tuple[list[Any], Factored]:
     # A factor that all layers share is not repeated: it stays outside the scan.
-    return [weight.w, *(factor.array for factor in weight.factors if 0 in factor.axes)], weight
+    w = weight.w.stored if isinstance(weight.w, Deferred) else weight.w
+    return [w, *(factor.array for factor in weight.factors if 0 in factor.axes)], weight
 
 
 def _layer(weight: Factored, slices: list[Any]) -> Factored | jax.Array:
@@ -127,7 +128,14 @@ def _layer(weight: Factored, slices: list[Any]) -> Factored | jax.Array:
         array = next(layers) if 0 in factor.axes else factor.array
         return Factor(array, tuple(axis - 1 for axis in factor.axes if axis))
 
-    return settled(weight.each(w, layer))
+    return settled(weight.each(weight.w.layer(w) if isinstance(weight.w, Deferred) else w, layer))
+
+
+def _stackable(lifting: Evaluation, eqn: JaxprEqn, value: Any) -> Any:
+    if isinstance(value, Factored) and isinstance(value.w, Deferred):
+        why = "layers that are stored in another form are changed and stacked again"
+        return lifting.dense(value, eqn.primitive.name, _jaxpr.source_line(eqn), why)
+    return value
 
 
 def _stacked(weight: Factored) -> Factored:

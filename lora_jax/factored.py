@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.stored import Deferred, Weight
+from lora_jax.stored import Deferred, Move, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -134,9 +134,14 @@ class Factored:
         rest = jax.tree.map(change, dataclasses.replace(self, w=None), is_leaf=_is_factor)
         return dataclasses.replace(rest, w=w)
 
-    def based(self, move: Callable[[jax.Array], jax.Array]) -> Weight:
-        """The base after an operation on its axes: at once, or where it is stored in another form, when it is used."""
-        return self.w.moved(move) if isinstance(self.w, Deferred) else move(self.w)
+    def based(self, move: Move, layer: Move | None = None) -> Weight:
+        """The base after an operation on its axes: at once, or where it is stored in another form, when it is used.
+
+        Args:
+          move: the operation.
+          layer: the same on one layer, if it leaves the first axis alone.
+        """
+        return self.w.moved(move, layer) if isinstance(self.w, Deferred) else move(self.w)
 
     def value(self) -> jax.Array:
         """The base as an array."""

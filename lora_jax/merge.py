@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax.adapters import SHARED, Adapter, weights
 from lora_jax.factored import Factored
@@ -113,7 +114,8 @@ def merge_error(params: Tree, adapters: Mapping[str, Adapter]) -> dict[str, floa
 def _checked(params: Tree, adapters: Mapping[str, Adapter]) -> dict[str, Factored]:
     attach(params, adapters)  # checks that they fit
     for path, adapter in adapters.items():
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapter)):
+        values = [leaf for leaf in jax.tree.leaves(adapter) if not isinstance(leaf, Tracer)]
+        if not all(np.isfinite(leaf).all() for leaf in values):
             raise ValueError(f"the adapter of {path!r} has values that are not finite: it would spoil its weight")
     return weights(leaves_by_path(params), adapters)
 

@@ -141,9 +141,10 @@ def _times(weight: Factored, w: Any, scalar: Any) -> Factored:
 
 @rule("transpose")
 def _transpose(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
-    weight = only(args, 0)
-    order = (*params["permutation"], weight.ndim)
-    return [rearranged(weight, weight.based(lambda w: bind(w)[0]), lambda f: lax.transpose(f, order))]
+    weight, (first, *rest) = only(args, 0), params["permutation"]
+    layer = None if first else lambda w: lax.transpose(w, [axis - 1 for axis in rest])
+    order = (first, *rest, weight.ndim)
+    return [rearranged(weight, weight.based(lambda w: bind(w)[0], layer), lambda f: lax.transpose(f, order))]
 
 
 @rule("rev")
@@ -168,7 +169,9 @@ def _reshape(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
                 raise NoRule(f"the reshape {weight.shape} -> {new} joins an axis of one factor with one of the other")
         return factor.reshape(*shape, factor.shape[-1])
 
-    return [rearranged(weight, weight.based(lambda w: bind(w)[0]), move)]
+    kept = len(new) > 1 and weight.shape[0] == new[0]
+    w = weight.based(lambda w: bind(w)[0], (lambda w: w.reshape(new[1:])) if kept else None)
+    return [rearranged(weight, w, move)]
 
 
 @rule("squeeze")

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Move = Callable[[jax.Array], jax.Array]
+
 
 def is_stored(node: Any) -> bool:
     """Whether a node of a tree stands for one array that it stores in another form."""
@@ -32,10 +34,13 @@ class Deferred:
     Attributes:
       stored: the node of the parameter tree.
       moves: operations on the array, in order.
+      layer_moves: the same operations on one layer of the array, as long as each of them leaves the first axis alone;
+        `None` after one that does not.
     """
 
     stored: Any
-    moves: tuple[Callable[[jax.Array], jax.Array], ...] = dataclasses.field(default=(), metadata={"static": True})
+    moves: tuple[Move, ...] = dataclasses.field(default=(), metadata={"static": True})
+    layer_moves: tuple[Move, ...] | None = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,19 +52,22 @@ class Deferred:
         """The dtype in the present layout."""
         return jax.eval_shape(self.value).dtype if self.moves else self.stored.dtype
 
-    def moved(self, move: Callable[[jax.Array], jax.Array]) -> Deferred:
-        """The weight after one more operation."""
-        return dataclasses.replace(self, moves=(*self.moves, move))
+    def moved(self, move: Move, layer: Move | None = None) -> Deferred:
+        """The weight after one more operation, and what that is for one of its layers."""
+        layers = None if layer is None or self.layer_moves is None else (*self.layer_moves, layer)
+        return dataclasses.replace(self, moves=(*self.moves, move), layer_moves=layers)
 
     def cast(self, dtype: jnp.dtype) -> Deferred:
-        """The weight in another dtype; no move, so that layers can still be sliced off."""
-        if self.moves:
-            return self.moved(lambda w: w.astype(dtype))
-        return Deferred(dataclasses.replace(self.stored, dtype=jnp.dtype(dtype)))
+        """The weight in another dtype."""
+        return self.moved(lambda w: w.astype(dtype), lambda w: w.astype(dtype))
+
+    def layer(self, stored: Any) -> Deferred:
+        """The weight of one layer, given what is stored of it."""
+        return Deferred(stored, self.layer_moves or (), None if self.layer_moves else ())
 
     def sliced(self, pick: Callable[[jax.Array], jax.Array]) -> Deferred:
         """The weight after an operation on its leading axes alone, done to what is stored."""
-        return Deferred(jax.tree.map(pick, self.stored), self.moves)
+        return Deferred(jax.tree.map(pick, self.stored))
 
     def value(self) -> jax.Array:
         """The array."""

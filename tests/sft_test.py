@@ -175,7 +175,7 @@ def final(folder):
 
 def test_full_fine_tuning_is_the_same_step(model, tmp_path):
     m = hf.load(model)
-    sft.train(configured(model, tmp_path, full_finetune=True), tmp_path / "full", "full")
+    sft.train(configured(model, tmp_path, method="full"), tmp_path / "full", "full")
     tuned = final(tmp_path / "full")
     assert jax.tree.structure(tuned) == jax.tree.structure(m.params)
     changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), tuned, m.params)

@@ -82,7 +82,7 @@ def test_it_says_what_is_generated_and_what_was_trained(model, run, monkeypatch,
 
 @pytest.mark.slow
 def test_it_says_what_full_fine_tuning_has_trained(model, tmp_path, monkeypatch, capsys):
-    folder = taught(model, tmp_path, full_finetune=True)
+    folder = taught(model, tmp_path, method="full")
     assert talk(monkeypatch, capsys, "what is 7", adapter=str(folder), max_new=12) == SAID
 
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
-import lora_jax as lora
-from lora_jax import checkpoint
+from lora_jax import checkpoint, soft
 from lora_jax.data import chat
 from lora_jax.interop import hf
 from lora_jax.models import decoder
-from train import launch, loop
+from train import launch, loop, methods
 
 MODEL = flags.DEFINE_string("model", "", 'a model; empty: the one the adapter was trained on, or "smollm2"')
 ADAPTER = flags.DEFINE_string("adapter", "", "folder of a run, such as runs/quickstart; empty: the base alone")
@@ -31,10 +31,11 @@ BUCKET, SLOTS = 64, 2048  # prompts are padded to multiples of the one; the othe
 def main(_: list[str]) -> None:
     """Reads lines and answers them."""
     folder = Path(ADAPTER.value)
-    run = loop.resolved(folder) if ADAPTER.value else {"model": "smollm2", "dtype": ""}
+    run = loop.resolved(folder) if ADAPTER.value else {"model": "smollm2", "dtype": "", "quantize": ""}
     dtype = jnp.dtype(run["dtype"] or loop.base_dtype())
-    model = hf.load(MODEL.value or run["model"], dtype)
-    tree = trained(folder, run, model, dtype) if ADAPTER.value else model.params
+    quantize = {"all-linear": run["quantize"]} if run["quantize"] else None
+    model = hf.load(MODEL.value or run["model"], dtype, quantize=quantize)
+    tree = trained(folder, run, model) if ADAPTER.value else model.params
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     key, messages = jax.random.key(SEED.value), []
     while question := _line():
@@ -49,17 +50,12 @@ def main(_: list[str]) -> None:
         messages = [*messages, {"role": "assistant", "content": said}] if format.template else []
 
 
-def trained(folder: Path, run: dict[str, Any], model: hf.Checkpoint, dtype: jnp.dtype) -> Any:
+def trained(folder: Path, run: dict[str, Any], model: hf.Checkpoint) -> Any:
     """What the model of a run runs with: the base with its adapters, or all parameters where these were trained."""
-    fingerprint = checkpoint.fingerprint(model.params)
-    if run["full_finetune"]:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params)
-        params = checkpoint.load(folder / "checkpoints", like, fingerprint)
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-    sites = lora.trace(decoder.forward, model.params, np.zeros((1, 8), np.int32), model.config)
-    make = functools.partial(lora.init, params=model.params, sites=sites, spec=lora.Spec(**run["lora"]))
-    like = jax.eval_shape(make, jax.random.key(0))
-    return lora.attach(model.params, checkpoint.load(folder / "checkpoints", like, fingerprint))
+    config = ConfigDict(run)
+    like = jax.eval_shape(functools.partial(methods.start, config=config, model=model), jax.random.key(0))
+    found = checkpoint.load(folder / "checkpoints", like, checkpoint.fingerprint(model.params))
+    return methods.runner(config, model)(found, model.params)
 
 
 def answer(
@@ -68,7 +64,7 @@ def answer(
     """Yields the answer to a prompt as it grows, token by token."""
     step = _step(config, TEMPERATURE.value)
     width = -(-len(prompt) // BUCKET) * BUCKET
-    slots = min(config.context, SLOTS)
+    slots = min(soft.room(tree, config), SLOTS)
     if width + MAX_NEW.value > slots:
         raise ValueError(
             f"{len(prompt)} tokens of chat and {MAX_NEW.value} of an answer are more than {slots}: begin anew"
@@ -92,7 +88,7 @@ def answer(
 @functools.cache
 def _step(config: Any, temperature: float) -> Any:
     """One call of the model on the next tokens, and the token it chooses; the cache is written in place."""
-    speak = lora.lift(decoder.forward_with_cache)
+    speak = methods.applied(decoder.forward_with_cache)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def step(tree, tokens_BT, positions_BT, cache, key):

@@ -7,6 +7,8 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
+from lora_jax.quant import FORMATS
+
 Config = Any  # a ConfigDict, whose attributes no type checker knows
 SCHEDULES = {
     "linear": lambda lr, steps: optax.linear_schedule(lr, 0.0, steps),
@@ -27,19 +29,21 @@ def sft() -> Config:
             "accumulate": 1,  # parts that a batch is computed in, to save memory; the update is the same
             "remat": "none",  # what the backward pass recomputes: "none", "dots" (all but products), "full"
             "loss_chunk": 0,  # tokens whose logits are held at once; 0: all
-            "full_finetune": False,  # train every parameter instead of adapters
+            "method": "lora",  # train/methods.py lists them; "full" trains every parameter
+            "quantize": "",  # of the base's linear weights: "nf4", "int8", "int4", "fp8"; empty: none
+            "soft_text": "",  # what "prompt" and "prefix" start from; empty: random tokens
         }
     )
-    config.lora = {
-        "target": "all-linear",  # a preset ("all-linear", "attention", "mlp") or a regular expression
+    config.lora = {  # empty and 0: the method's own
+        "target": "",  # a preset ("all-linear", "attention", "mlp") or a regular expression
         "exclude": (),  # regular expressions
-        "rank": 16,
+        "rank": 0,  # for "prompt" and "prefix": the number of trained tokens
         "alpha": 32.0,
         "dropout": 0.0,
-        "init": "uniform",
+        "init": "",  # "uniform", "normal", "orthogonal", "pissa", "olora"
     }
     config.optim = {
-        "lr": 3e-4,
+        "lr": 0.0,  # 0: by the method and the model's width
         "schedule": "linear",  # to zero at the last step; or "constant"
         "clip": 1.0,  # global norm of the gradient; 0: none
     }
@@ -69,10 +73,15 @@ def check(config: Config) -> None:
     Raises:
       ValueError: naming the setting.
     """
-    choices = {"dtype": ("", "float32", "bfloat16"), "optim.schedule": tuple(SCHEDULES)}
+    from train.methods import METHODS  # which needs this module
+
+    choices = {"dtype": ("", "float32", "bfloat16"), "optim.schedule": tuple(SCHEDULES), "method": tuple(METHODS)}
+    choices["quantize"] = ("", *FORMATS)
     for name, allowed in choices.items():
         if _get(config, name) not in allowed:
             raise ValueError(f"config.{name}={_get(config, name)!r} is not one of {', '.join(map(repr, allowed))}")
+    if config.quantize and config.method == "full":
+        raise ValueError("config.method='full' trains every parameter: these cannot be quantised")
     for name in ("steps", "batch_size", "accumulate", "data.heldout", "eval.max_new", "eval.batch_size"):
         if _get(config, name) < 1:
             raise ValueError(f"config.{name}={_get(config, name)} must be at least 1")
@@ -84,9 +93,9 @@ def check(config: Config) -> None:
         raise ValueError("config.data.source is empty: give a JSONL file, or reasoning_gym:TASK")
 
 
-def schedule(config: Config) -> Callable[[Any], Any]:
-    """The learning rate as a function of the number of updates made."""
-    return SCHEDULES[config.optim.schedule](config.optim.lr, config.steps)
+def schedule(config: Config, rate: float) -> Callable[[Any], Any]:
+    """The learning rate as a function of the number of updates made, given the first one."""
+    return SCHEDULES[config.optim.schedule](rate, config.steps)
 
 
 def _get(config: Config, name: str) -> Any:

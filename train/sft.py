@@ -1,6 +1,7 @@
 """Supervised fine-tuning: `python -m train.sft --config=configs/quickstart.py --config.optim.lr=1e-3`.
 
-Trains low-rank adapters, or with `--config.full_finetune` every parameter, on what the assistant says in chats.
+Trains low-rank adapters on what the assistant says in chats, or whatever else `--config.method` names: other adapters,
+a prompt, a prefix, every parameter ("full").
 The same command, run again, goes on from the last checkpoint, and ends with the same adapters bit for bit.
 `train/config.py` has the settings.
 
@@ -19,13 +20,13 @@ import optax
 from ml_collections import config_flags
 
 import lora_jax as lora
-from lora_jax import checkpoint
+from lora_jax import checkpoint, soft
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
 from lora_jax.models import decoder, loss
 from lora_jax.models.config import DecoderConfig
 from train import config as settings
-from train import examples, heldout, launch, loop, report
+from train import examples, heldout, launch, loop, methods, report
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
 SAMPLES = 5  # answers kept for the report
@@ -53,9 +54,14 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     """
     settings.check(config)
     dtype = jnp.dtype(config.dtype or loop.base_dtype())
-    model = hf.load(config.model, dtype)
+    model = hf.load(config.model, dtype, quantize={"all-linear": config.quantize} if config.quantize else None)
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
-    data = examples.prepare(config, format, model.config.context)
+    # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
+    base, trainable = model.params, methods.start(jax.random.key(config.seed), config, model)
+    tree, trained = methods.runner(config, model), config.method
+    room = soft.room(jax.eval_shape(tree, trainable, base), model.config)
+
+    data = examples.prepare(config, format, room)
     nll = functools.partial(
         negative_log_likelihood,
         shape=model.config,
@@ -65,30 +71,23 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         packed=config.data.pack,
     )
 
-    # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
-    identity = {"base": checkpoint.fingerprint(model.params), "data": data.digest}
-    if config.full_finetune:
-        identity["trained"] = "every parameter"
-        base, trainable = None, jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+    if config.method == "full":
+        base = None
         print(f"{config.model}: training all of its {lora.count(trainable):,} parameters")
+    elif config.method in methods.SOFT:
+        print(f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters")
     else:
-        spec = lora.Spec(**config.lora)
-        identity["trained"] = repr(spec)
-        base, batch = model.params, packing.batch(data.rows[:1], data.length)
-        print(f"{config.model}:\n{lora.report(nll, base, batch, spec=spec)}")
-        trainable = lora.init(jax.random.key(config.seed), base, lora.trace(nll, base, batch), spec)
+        trained = f"{config.method} {methods.spec(config)!r}"
+        batch = packing.batch(data.rows[:1], data.length)
+        print(f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}")
+    identity = {"base": checkpoint.fingerprint(model.params), "data": data.digest, "trained": trained}
 
-    def tree(trainable: Tree, base: Tree, key: jax.Array | None = None) -> Tree:
-        if config.full_finetune:
-            return jax.tree.map(lambda x: x.astype(dtype), trainable)
-        return lora.attach(base, trainable, key if config.lora.dropout else None)
-
-    rate = settings.schedule(config)
+    rate = settings.schedule(config, methods.rate(config, model.config.dim))
     clip = optax.clip_by_global_norm(config.optim.clip) if config.optim.clip else optax.identity()
-    tx = optax.chain(clip, optax.adam(rate))
-    update = make_update(lora.lift(nll), tree, tx, config.accumulate)
-    measure = jax.jit(lora.lift(nll))
-    speak = lora.lift(decoder.forward_with_cache)
+    tx = optax.chain(clip, methods.optimizer(config, trainable, rate))
+    update = make_update(methods.applied(nll), tree, tx, config.accumulate)
+    measure = jax.jit(methods.applied(nll))
+    speak = methods.applied(decoder.forward_with_cache)
 
     # Everything is checked; from here on the run writes.
     batches = packing.iterate(data.rows, data.length, config.batch_size, config.seed)
@@ -159,6 +158,7 @@ def negative_log_likelihood(
     remat: str = "none",
     chunk: int = 0,
     packed: bool = False,
+    prefix: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ w·(-log p(target)) and Σ w over a batch.
 
@@ -170,12 +170,13 @@ def negative_log_likelihood(
       remat: as `decoder.hidden`.
       chunk: positions whose logits are held at once; 0 holds all.
       packed: whether a row holds several examples.
+      prefix: as `decoder.hidden`.
 
     Returns:
       The sums, float32 scalars.
     """
     apart = (batch["positions"], batch["segments"]) if packed else (None, None)
-    hidden_BTD = decoder.hidden(params, batch["tokens"], shape, *apart, remat=remat)
+    hidden_BTD = decoder.hidden(params, batch["tokens"], shape, *apart, remat=remat, prefix=prefix)
     weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
     hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
     targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)

@@ -1,0 +1,144 @@
+"""The methods of fine-tuning by name: what each trains, with which settings of its own, and how it runs the model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lora_jax as lora
+from lora_jax import soft
+from lora_jax.adalora import adalora
+from lora_jax.interop import hf
+from lora_jax.models import decoder
+from train.config import Config
+
+Tree = Any
+OUTPUTS = "o_proj|down_proj"  # Houlsby's places: behind the attention and behind the MLP
+
+
+class Method(NamedTuple):
+    """How a method differs from LoRA.
+
+    Attributes:
+      rate: its learning rate as a multiple of LoRA's.
+      rule: fields of `lora.Rule`.
+      rank: where `config.lora.rank` is 0; for prompts and prefixes, the trained tokens.
+    """
+
+    rate: float = 1.0
+    rule: Mapping[str, Any] = {}
+    rank: int = 16
+
+
+METHODS = {
+    "lora": Method(),
+    "rslora": Method(rule={"rslora": True}),
+    "lora+": Method(),
+    "lora-fa": Method(rule={"method": "lora-fa"}),
+    "dora": Method(rule={"method": "dora"}),
+    "pissa": Method(rule={"init": "pissa"}),
+    "olora": Method(rule={"init": "olora"}),
+    "adalora": Method(rule={"method": "adalora"}),
+    "vera": Method(10.0, {"method": "vera"}, 256),
+    "ia3": Method(10.0, {"method": "ia3", "target": "k_proj|v_proj|up_proj"}),
+    "bottleneck": Method(rule={"method": "bottleneck", "target": OUTPUTS}),
+    "norms": Method(rule={"method": "full", "target": "norm/scale$"}),
+    "prompt": Method(10.0, rank=20),
+    "prefix": Method(1.0, rank=20),
+    "full": Method(0.1),
+}
+SOFT = ("prompt", "prefix")
+
+
+def rate(config: Config, dim: int) -> float:
+    """The learning rate: the one that is set, or the method's share of LoRA's at this width, 5e-4 · (2000/D)^0.781.
+
+    Source: "LoRA Without Regret", the rule for Llamas.
+    """
+    return config.optim.lr or METHODS[config.method].rate * 5e-4 * (2000 / dim) ** 0.781
+
+
+def spec(config: Config) -> lora.Spec:
+    """The rules of a config's method."""
+    method = METHODS[config.method]
+    fields = {**config.lora, **{name: value for name, value in method.rule.items() if not config.lora.get(name)}}
+    fields["rank"] = fields["rank"] or method.rank
+    exclude = fields.pop("exclude")
+    # A field that is not set is left to the rule, which refuses those that a method has no use for.
+    known = {field.name: field.default for field in dataclasses.fields(lora.Rule)}
+    fields = {name: value for name, value in fields.items() if value != "" and value != known[name]}
+    uses = lora.spec.METHODS[fields.get("method", "lora")].uses
+    if not config.lora.rank and "rank" not in uses:
+        fields.pop("rank", None)
+    return lora.Spec(lora.Rule(**fields), exclude=exclude)
+
+
+def start(key: jax.Array, config: Config, model: hf.Checkpoint) -> Tree:
+    """What is trained, before it is.
+
+    Args:
+      key: a PRNG key.
+      config: of the run.
+      model: the base.
+
+    Returns:
+      Adapters, a prompt, a prefix, or all parameters in float32.
+    """
+    if config.method == "full":
+        return jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+    if config.method in SOFT:
+        make = soft.init_prompt if config.method == "prompt" else soft.init_prefix
+        n = config.lora.rank or METHODS[config.method].rank
+        text = model.tokenizer.encode(config.soft_text, add_special_tokens=False).ids if config.soft_text else None
+        return make(key, model.params, model.config, n, text)
+    return lora.init(key, model.params, sites(model), spec(config))
+
+
+def sites(model: hf.Checkpoint) -> lora.Sites:
+    """How the decoder uses its weights."""
+    return lora.trace(decoder.forward, model.params, np.zeros((1, 8), np.int32), model.config)
+
+
+def runner(config: Config, model: hf.Checkpoint) -> Callable[[Tree, Tree, jax.Array | None], Tree]:
+    """Makes `tree(trainable, base, key)`: what a function that was `applied` takes as its parameters.
+
+    The key, where there is one, turns dropout on.
+    """
+    if config.method == "full":
+        dtype = jax.tree.leaves(model.params)[0].dtype
+        return lambda trainable, base, key=None: jax.tree.map(lambda x: x.astype(dtype), trainable)
+    if config.method in SOFT:
+        return lambda trainable, base, key=None: soft.attach(base, trainable, model.config, config.remat)
+    dropout = config.lora.dropout
+    return lambda trainable, base, key=None: lora.attach(base, trainable, key if dropout else None)
+
+
+def applied(f: Callable) -> Callable:
+    """A function of the decoder's parameters as one of what `runner` makes."""
+    return soft.applied(lora.lift(f))
+
+
+def optimizer(config: Config, trainable: Tree, rate: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Adam, or what a method makes of it; without state for what a method keeps frozen.
+
+    Args:
+      config: of the run.
+      trainable: from `start`.
+      rate: the learning rate as a function of the step.
+
+    Returns:
+      An optax transformation.
+    """
+    if config.method == "full" or config.method in SOFT:
+        return optax.adam(rate)
+    if config.method == "lora+":
+        return lora.lora_plus(optax.adam, rate, trainable)
+    if config.method == "adalora":
+        rank = max(1, 2 * (config.lora.rank or METHODS["adalora"].rank) // 3)
+        begin = config.steps // 10
+        return adalora(optax.adam(rate), rank, begin, max(begin + 1, 7 * config.steps // 10))
+    return lora.optimizer(optax.adam(rate), lora.trainable_mask(trainable))
