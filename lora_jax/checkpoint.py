@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax.tree import leaves_by_path, nbytes
+from lora_jax.tree import leaves_by_path, nbytes, replace
 
 MANIFEST = "manifest.json"
 SAMPLES = 64
@@ -187,7 +187,7 @@ def load(folder: str | os.PathLike, like: Any, base: str) -> Any:
 
     Args:
       folder: of checkpoints.
-      like: a tree of the same structure and shapes, such as `jax.eval_shape` gives.
+      like: a tree of the same structure, such as `jax.eval_shape` gives.
       base: fingerprint of the base it is to be used with.
 
     Returns:
@@ -195,7 +195,7 @@ def load(folder: str | os.PathLike, like: Any, base: str) -> Any:
 
     Raises:
       FileNotFoundError: if there is no whole checkpoint.
-      ValueError: if it was trained over another base.
+      ValueError: if it was trained over another base, or is another tree.
     """
     step = newest(folder)
     if step is None:
@@ -205,8 +205,18 @@ def load(folder: str | os.PathLike, like: Any, base: str) -> Any:
     if saved != base:
         raise ValueError(f"{path}: trained over a base with fingerprint {saved}; this one has {base}")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     with ocp.StandardCheckpointer() as reader:
+        # The shapes are the file's: ranks may have been chosen by the data.
+        saved = leaves_by_path(reader.metadata(path / "trainable").item_metadata.tree)
+        here = leaves_by_path(like)
+        if sorted(saved) != sorted(here):
+            other = sorted({*saved} ^ {*here})
+            raise ValueError(
+                f"{path}: it and what was asked for differ in {other[0]!r}; use the settings it was trained with"
+            )
+        like = replace(
+            like, {p: jax.ShapeDtypeStruct(saved[p].shape, x.dtype, sharding=sharding) for p, x in here.items()}
+        )
         return reader.restore(path / "trainable", like)
 
 

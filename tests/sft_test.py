@@ -17,7 +17,7 @@ from lora_jax.data import packing
 from lora_jax.interop import hf
 from lora_jax.models import decoder
 from train import config as settings
-from train import loop, sft
+from train import loop, objective, sft
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +67,7 @@ def test_loss_looks_at_learned_positions_alone_and_equals_the_plain_one(model):
     log_probs = jax.nn.log_softmax(decoder.forward(m.params, batch["tokens"], m.config))
     picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
     expected = -jnp.sum(picked * batch["weights"])
-    nll = functools.partial(sft.negative_log_likelihood, m.params, batch, shape=m.config)
+    nll = functools.partial(objective.negative_log_likelihood, m.params, batch, shape=m.config)
     for options in ({}, {"chunk": 5}, {"packed": True}, {"remat": "full"}, {"chunk": 8, "remat": "dots"}):
         total, tokens = nll(learned=9, **options)
         np.testing.assert_allclose(total, expected, rtol=1e-5)
@@ -80,7 +80,7 @@ def test_head_runs_on_learned_positions_alone(model):
     batch = batch_of([5, 12, 20, 7], [2, 9, 1, 4])
 
     def logits(learned):
-        nll = functools.partial(sft.negative_log_likelihood, batch=batch, shape=m.config, learned=learned)
+        nll = functools.partial(objective.negative_log_likelihood, batch=batch, shape=m.config, learned=learned)
         shapes = re.findall(rf"f32\[([\d,]+),{m.config.vocab}\]", str(jax.make_jaxpr(nll)(m.params)))
         return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
@@ -91,7 +91,7 @@ def test_head_runs_on_learned_positions_alone(model):
 def test_accumulated_gradient_is_that_of_the_whole_batch(model):
     m = hf.load(model)
     batch = batch_of([5, 12, 20, 7], [1, 9, 1, 4])  # parts with 10 and 5 tokens to learn
-    nll = functools.partial(sft.negative_log_likelihood, shape=m.config, learned=9)
+    nll = functools.partial(objective.negative_log_likelihood, shape=m.config, learned=9)
     adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
     adapters = jax.tree.map(lambda x: x + 0.01, adapters)
     tx = optax.sgd(1.0)
@@ -129,7 +129,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(model):
 def test_base_is_an_argument_that_stays_and_adapters_are_donated(model):
     m = hf.load(model)
     batch = batch_of([5, 12], [1, 9])
-    nll = functools.partial(sft.negative_log_likelihood, shape=m.config, learned=9)
+    nll = functools.partial(objective.negative_log_likelihood, shape=m.config, learned=9)
     adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
     tx = optax.adam(1e-3)
     update = sft.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, 1)

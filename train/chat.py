@@ -31,10 +31,11 @@ BUCKET, SLOTS = 64, 2048  # prompts are padded to multiples of the one; the othe
 def main(_: list[str]) -> None:
     """Reads lines and answers them."""
     folder = Path(ADAPTER.value)
-    run = loop.resolved(folder) if ADAPTER.value else {"model": "smollm2", "dtype": "", "quantize": ""}
+    alone = {"model": "smollm2", "dtype": "", "quantize": "", "method": ""}
+    run = loop.resolved(folder) if ADAPTER.value else alone
+    run |= {"model": MODEL.value or run["model"]}
     dtype = jnp.dtype(run["dtype"] or loop.base_dtype())
-    quantize = {"all-linear": run["quantize"]} if run["quantize"] else None
-    model = hf.load(MODEL.value or run["model"], dtype, quantize=quantize)
+    model = methods.load(ConfigDict(run), dtype)
     tree = trained(folder, run, model) if ADAPTER.value else model.params
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     key, messages = jax.random.key(SEED.value), []
@@ -52,10 +53,13 @@ def main(_: list[str]) -> None:
 
 def trained(folder: Path, run: dict[str, Any], model: hf.Checkpoint) -> Any:
     """What the model of a run runs with: the base with its adapters, or all parameters where these were trained."""
-    config = ConfigDict(run)
-    like = jax.eval_shape(functools.partial(methods.start, config=config, model=model), jax.random.key(0))
-    found = checkpoint.load(folder / "checkpoints", like, checkpoint.fingerprint(model.params))
-    return methods.runner(config, model)(found, model.params)
+    config, key = ConfigDict(run), jax.random.key(run["seed"])
+    if config.method == "loftq":
+        base, like = methods.start(key, config, model)
+    else:
+        base, like = model.params, jax.eval_shape(lambda key: methods.start(key, config, model)[1], key)
+    found = checkpoint.load(folder / "checkpoints", like, checkpoint.fingerprint(base))
+    return methods.runner(config, model)(found, base)
 
 
 def answer(

@@ -6,6 +6,7 @@ default; where the best is at an edge of the grid, the grid grows, until it is n
 `methods.md` there.
 """
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -23,9 +24,10 @@ import lora_jax as lora
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
 from lora_jax.models import decoder
+from lora_jax.quantize import quantize
 from lora_jax.trace import table
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, sft
+from train import examples, heldout, launch, loop, methods, objective
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/methods.py")
 RUNS = "runs.jsonl"
@@ -57,9 +59,10 @@ def compare(config: settings.Config, folder: Path) -> None:
     data = examples.prepare(config.sft, format, model.config.context - longest)
     loop.begin(folder, {"sft": config.sft.to_dict(), "methods": list(config.methods), "grid": list(config.grid)})
     for name in config.methods:
-        one = ConfigDict({**config.sft.to_dict(), "method": name})
+        method, _, format_ = name.partition("@")
+        one = ConfigDict({**config.sft.to_dict(), "method": method, "quantize": format_})
         settings.check(one)
-        run = Run(one, model, format, data)
+        run = Run(name, one, model, format, data)
         while (rate := _next(folder, run, config.grid)) is not None:
             _append(folder / RUNS, run(rate))
     write(folder)
@@ -69,20 +72,30 @@ class Run:
     """Trains one method, from the same start, at any learning rate, compiled once.
 
     Args:
-      config: of the experiment, with the method's name.
+      name: of the method, and of the base's format if it is quantised: "lora@nf4".
+      config: of the experiment, with both.
       model: the base.
       format: how it writes chats.
       data: what is trained on, and what is held out.
     """
 
-    def __init__(self, config: settings.Config, model: hf.Checkpoint, format: chat.Format, data: examples.Data):
-        self.config, self.model, self.format, self.data = config, model, format, data
-        self.tree = methods.runner(config, model)
+    def __init__(
+        self, name: str, config: settings.Config, model: hf.Checkpoint, format: chat.Format, data: examples.Data
+    ):
+        self.name, self.config, self.format, self.data = name, config, format, data
+        if config.quantize and config.method != "loftq":
+            params = quantize(model.params, methods.sites(model), {"all-linear": config.quantize})
+            model = dataclasses.replace(model, params=params)
+        self.model, self.tree = model, methods.runner(config, model)
         learned = packing.most_learned(data.rows + data.heldout_rows)
-        nll = functools.partial(sft.negative_log_likelihood, shape=model.config, learned=learned)
+        nll = functools.partial(objective.negative_log_likelihood, shape=model.config, learned=learned)
         self.nll = methods.applied(nll)
-        self.measure = jax.jit(self.nll)
-        self.step = self._step()
+        self.measure, self.step = jax.jit(self.nll), self._step()
+        self.start = functools.cache(lambda: self._start(nll))
+
+    def _start(self, nll: Callable) -> tuple[Tree, Tree]:
+        batch = packing.batch(self.data.rows[: self.config.batch_size], self.data.length)
+        return methods.start(jax.random.key(self.config.seed), self.config, self.model, nll, batch)
 
     def optimizer(self, trainable: Tree, rate: Any) -> optax.GradientTransformation:
         """The method's, at a learning rate that falls linearly."""
@@ -104,11 +117,10 @@ class Run:
 
     def __call__(self, rate: float) -> dict[str, Any]:
         """One run; returns its line of the record."""
-        config, base = self.config, None if self.config.method == "full" else self.model.params
-        trainable = methods.start(jax.random.key(config.seed), config, self.model)
-        if config.method == "full":
-            trainable = jax.tree.map(jnp.copy, trainable)
-        mask = lora.trainable_mask(trainable) if isinstance(trainable, dict) and base else None
+        config = self.config
+        base, trainable = self.start()
+        trainable = jax.tree.map(jnp.copy, trainable)
+        mask = None if config.method in ("full", *methods.SOFT) else lora.trainable_mask(trainable)
         parameters = lora.count(lora.split(trainable, mask)[0] if mask else trainable)
         state, size = self.optimizer(trainable, rate).init(trainable), lora.nbytes(trainable)
         batches = packing.iterate(self.data.rows, self.data.length, config.batch_size, config.seed)
@@ -129,7 +141,7 @@ class Run:
         speak, sizes = methods.applied(decoder.forward_with_cache), (config.eval.max_new, config.eval.batch_size)
         said = heldout.answers(speak, now, self.model.config, self.format, self.data.asked, *sizes)
         line = {
-            "method": config.method,
+            "method": self.name,
             "rate": rate,
             "parameters": parameters,
             "file_mb": size / 1e6,
@@ -147,7 +159,7 @@ class Run:
 def _next(folder: Path, run: Run, grid: tuple[float, ...]) -> float | None:
     """The next learning rate to try: one of the grid, or one beyond the edge at which the best is."""
     middle = methods.rate(run.config, run.model.config.dim)
-    done = {line["rate"]: _score(line) for line in loop.read(folder / RUNS) if line["method"] == run.config.method}
+    done = {line["rate"]: _score(line) for line in loop.read(folder / RUNS) if line["method"] == run.name}
     for multiple in grid:
         if (rate := _rounded(middle * multiple)) not in done:
             return rate

@@ -1,6 +1,7 @@
 """The methods of fine-tuning by name: what each trains, with which settings of its own, and how it runs the model."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,8 +13,11 @@ import optax
 import lora_jax as lora
 from lora_jax import soft
 from lora_jax.adalora import adalora
+from lora_jax.eva import eva
 from lora_jax.interop import hf
+from lora_jax.loftq import loftq
 from lora_jax.models import decoder
+from lora_jax.models.config import DecoderConfig
 from train.config import Config
 
 Tree = Any
@@ -42,6 +46,8 @@ METHODS = {
     "dora": Method(rule={"method": "dora"}),
     "pissa": Method(rule={"init": "pissa"}),
     "olora": Method(rule={"init": "olora"}),
+    "eva": Method(),
+    "loftq": Method(),
     "adalora": Method(rule={"method": "adalora"}),
     "vera": Method(10.0, {"method": "vera"}, 256),
     "ia3": Method(10.0, {"method": "ia3", "target": "k_proj|v_proj|up_proj"}),
@@ -77,25 +83,47 @@ def spec(config: Config) -> lora.Spec:
     return lora.Spec(lora.Rule(**fields), exclude=exclude)
 
 
-def start(key: jax.Array, config: Config, model: hf.Checkpoint) -> Tree:
+def load(config: Config, dtype: jnp.dtype) -> hf.Checkpoint:
+    """The base of a config, its linear weights quantised where that is asked for.
+
+    LoftQ quantises it itself, when it knows what the adapters begin with.
+    """
+    now = config.quantize and config.method != "loftq"
+    return hf.load(config.model, dtype, quantize={"all-linear": config.quantize} if now else None)
+
+
+def start(
+    key: jax.Array, config: Config, model: hf.Checkpoint, nll: Callable | None = None, batch: Tree = None
+) -> tuple[Tree, Tree]:
     """What is trained, before it is.
 
     Args:
       key: a PRNG key.
       config: of the run.
       model: the base.
+      nll: a function of parameters and a batch, for EVA; without it, and only if the values do not matter, EVA's
+        adapters are as large as the spec's ranks.
+      batch: what it calibrates on.
 
     Returns:
-      Adapters, a prompt, a prefix, or all parameters in float32.
+      The base (that of the model, but for LoftQ), and adapters, a prompt, a prefix, or all parameters in float32.
     """
     if config.method == "full":
-        return jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+        return None, jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
     if config.method in SOFT:
         make = soft.init_prompt if config.method == "prompt" else soft.init_prefix
         n = config.lora.rank or METHODS[config.method].rank
         text = model.tokenizer.encode(config.soft_text, add_special_tokens=False).ids if config.soft_text else None
-        return make(key, model.params, model.config, n, text)
-    return lora.init(key, model.params, sites(model), spec(config))
+        lifted = (
+            functools.partial(make, keys_values=lora.lift(decoder.keys_values)) if make is soft.init_prefix else make
+        )
+        return model.params, lifted(key, model.params, model.config, n, text)
+    if config.method == "loftq":
+        rules = {"all-linear": config.quantize or "nf4"}
+        return loftq(key, model.params, sites(model), spec(config), rules)
+    if config.method == "eva" and nll is not None:
+        return model.params, eva(nll, model.params, batch, sites=sites(model), spec=spec(config))
+    return model.params, lora.init(key, model.params, sites(model), spec(config))
 
 
 def sites(model: hf.Checkpoint) -> lora.Sites:
@@ -112,9 +140,16 @@ def runner(config: Config, model: hf.Checkpoint) -> Callable[[Tree, Tree, jax.Ar
         dtype = jax.tree.leaves(model.params)[0].dtype
         return lambda trainable, base, key=None: jax.tree.map(lambda x: x.astype(dtype), trainable)
     if config.method in SOFT:
-        return lambda trainable, base, key=None: soft.attach(base, trainable, model.config, config.remat)
+        lifted = lora.lift(decoder.keys_values)  # the base may be quantised
+        return lambda trainable, base, key=None: soft.attach(base, trainable, model.config, config.remat, lifted)
     dropout = config.lora.dropout
     return lambda trainable, base, key=None: lora.attach(base, trainable, key if dropout else None)
+
+
+def room(config: Config, shape: DecoderConfig) -> int:
+    """Positions left for a text: a prompt and a prefix take some."""
+    tokens = config.lora.rank or METHODS[config.method].rank
+    return shape.context - (tokens if config.method in SOFT else 0)
 
 
 def applied(f: Callable) -> Callable:

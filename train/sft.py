@@ -4,8 +4,6 @@ Trains low-rank adapters on what the assistant says in chats, or whatever else `
 a prompt, a prefix, every parameter ("full").
 The same command, run again, goes on from the last checkpoint, and ends with the same adapters bit for bit.
 `train/config.py` has the settings.
-
-Shapes: B rows, T places in a row, S of them learned, D model.
 """
 
 import functools
@@ -20,19 +18,16 @@ import optax
 from ml_collections import config_flags
 
 import lora_jax as lora
-from lora_jax import checkpoint, soft
+from lora_jax import checkpoint
 from lora_jax.data import chat, packing
-from lora_jax.interop import hf
-from lora_jax.models import decoder, loss
-from lora_jax.models.config import DecoderConfig
+from lora_jax.models import decoder
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, report
+from train import examples, heldout, launch, loop, methods, objective, report
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
 SAMPLES = 5  # answers kept for the report
 
 Tree = Any
-Batch = dict[str, jax.Array]
 
 
 def main(_: list[str]) -> None:
@@ -54,16 +49,11 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     """
     settings.check(config)
     dtype = jnp.dtype(config.dtype or loop.base_dtype())
-    model = hf.load(config.model, dtype, quantize={"all-linear": config.quantize} if config.quantize else None)
+    model = methods.load(config, dtype)
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
-    # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
-    base, trainable = model.params, methods.start(jax.random.key(config.seed), config, model)
-    tree, trained = methods.runner(config, model), config.method
-    room = soft.room(jax.eval_shape(tree, trainable, base), model.config)
-
-    data = examples.prepare(config, format, room)
+    data = examples.prepare(config, format, methods.room(config, model.config))
     nll = functools.partial(
-        negative_log_likelihood,
+        objective.negative_log_likelihood,
         shape=model.config,
         learned=packing.most_learned(data.rows + data.heldout_rows),
         remat=config.remat,
@@ -71,16 +61,22 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         packed=config.data.pack,
     )
 
+    # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
+    batch, trained = packing.batch(data.rows[:1], data.length), config.method
+    base, trainable = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    tree = methods.runner(config, model)
     if config.method == "full":
-        base = None
         print(f"{config.model}: training all of its {lora.count(trainable):,} parameters")
     elif config.method in methods.SOFT:
         print(f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters")
     else:
         trained = f"{config.method} {methods.spec(config)!r}"
-        batch = packing.batch(data.rows[:1], data.length)
         print(f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}")
-    identity = {"base": checkpoint.fingerprint(model.params), "data": data.digest, "trained": trained}
+    identity = {
+        "base": checkpoint.fingerprint(model.params if base is None else base),
+        "data": data.digest,
+        "trained": trained,
+    }
 
     rate = settings.schedule(config, methods.rate(config, model.config.dim))
     clip = optax.clip_by_global_norm(config.optim.clip) if config.optim.clip else optax.identity()
@@ -147,40 +143,6 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
             progress.skip()
     record.close()
     report.close(folder, name)
-
-
-def negative_log_likelihood(
-    params: Tree,
-    batch: Batch,
-    *,
-    shape: DecoderConfig,
-    learned: int,
-    remat: str = "none",
-    chunk: int = 0,
-    packed: bool = False,
-    prefix: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Σ w·(-log p(target)) and Σ w over a batch.
-
-    Args:
-      params: of the decoder.
-      batch: arrays [B, T] as `packing.batch` makes them.
-      shape: the decoder's.
-      learned: S, the most targets with a weight in a row: only these need logits.
-      remat: as `decoder.hidden`.
-      chunk: positions whose logits are held at once; 0 holds all.
-      packed: whether a row holds several examples.
-      prefix: as `decoder.hidden`.
-
-    Returns:
-      The sums, float32 scalars.
-    """
-    apart = (batch["positions"], batch["segments"]) if packed else (None, None)
-    hidden_BTD = decoder.hidden(params, batch["tokens"], shape, *apart, remat=remat, prefix=prefix)
-    weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
-    hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
-    targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
-    return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape, chunk or None)
 
 
 def make_update(

@@ -1,0 +1,49 @@
+"""The loss of supervised fine-tuning.
+
+Shapes: B rows, T places in a row, S of them learned, D model.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models import decoder, loss
+from lora_jax.models.config import DecoderConfig
+
+Tree = Any
+Batch = dict[str, jax.Array]
+
+
+def negative_log_likelihood(
+    params: Tree,
+    batch: Batch,
+    *,
+    shape: DecoderConfig,
+    learned: int,
+    remat: str = "none",
+    chunk: int = 0,
+    packed: bool = False,
+    prefix: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Σ w·(-log p(target)) and Σ w over a batch.
+
+    Args:
+      params: of the decoder.
+      batch: arrays [B, T] as `packing.batch` makes them.
+      shape: the decoder's.
+      learned: S, the most targets with a weight in a row: only these need logits.
+      remat: as `decoder.hidden`.
+      chunk: positions whose logits are held at once; 0 holds all.
+      packed: whether a row holds several examples.
+      prefix: as `decoder.hidden`.
+
+    Returns:
+      The sums, float32 scalars.
+    """
+    apart = (batch["positions"], batch["segments"]) if packed else (None, None)
+    hidden_BTD = decoder.hidden(params, batch["tokens"], shape, *apart, remat=remat, prefix=prefix)
+    weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
+    hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
+    targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
+    return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape, chunk or None)
