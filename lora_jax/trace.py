@@ -204,7 +204,8 @@ class _Walk:
             return Fact() if isinstance(atom, Literal) else env.get(atom, Fact())
 
         for eqn in jaxpr.eqns:
-            env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+            with _jaxpr.at_source(eqn):
+                env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, facts: list[Fact]) -> list[Fact]:
