@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import source_info_util
+from jax._src.shard_map import shard_map_p as shard_map_p
 from jax.extend import core
 
 

@@ -74,7 +74,7 @@ def _cast(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     return [dataclasses.replace(weight, w=w)]
 
 
-@rule("copy", "copy_p", "sharding_constraint", "name", "optimization_barrier", "reshard", "device_put")
+@rule("copy", "sharding_constraint", "name", "optimization_barrier", "reshard", "device_put", "pvary")
 def _keep(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     # Constraints and tags are meant for the base; the factors are small and follow from it. What is stored in another
     # form passes as it is.
@@ -180,7 +180,7 @@ def _squeeze(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
     return [rearranged(weight, weight.based(lambda w: bind(w)[0]), lambda f: lax.squeeze(f, params["dimensions"]))]
 
 
-@rule("expand_dims", "broadcast_in_dim")
+@rule("broadcast_in_dim")
 def _broadcast(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     weight = only(args, 0)
     w = weight.based(lambda w: bind(w)[0])
@@ -254,6 +254,23 @@ def _unstack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
         return lambda f: lax.index_in_dim(f, i if f.shape[axis] != 1 else 0, axis, keepdims=False)
 
     return [rearranged(weight, _part(weight, bind, i), pick(i)) for i in range(weight.shape[axis])]
+
+
+@rule("all_gather")
+def _all_gather(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
+    weight, axis = only(args, 0), params["all_gather_dimension"]
+    if not params["tiled"]:
+        raise NoRule("only a tiled all_gather has a rule")
+
+    def move(factor: jax.Array) -> jax.Array:
+        # Of an axis of which each device has one element it is not known whether the factor has it; repeating what is
+        # the same on all of them is right as well.
+        if factor.shape[axis] == 1 != weight.shape[axis]:
+            return factor
+        groups = params["axis_index_groups"]
+        return lax.all_gather(factor, params["axis_name"], axis_index_groups=groups, axis=axis, tiled=True)
+
+    return [rearranged(weight, weight.based(lambda w: bind(w)[0]), move)]
 
 
 @rule("stack")

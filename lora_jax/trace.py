@@ -316,6 +316,7 @@ _INNER: dict[Any, Callable[[_Walk, JaxprEqn, list[Fact]], list[Fact]]] = {
     P.closed_call_p: _call,
     P.call_p: _call,
     P.remat_p: _call,
+    _jaxpr.shard_map_p: _call,
     P.custom_jvp_call_p: _call,
     P.custom_vjp_call_p: _opaque,
     P.scan_p: _scan,
