@@ -91,7 +91,9 @@ def _shard_map(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[An
         if not isinstance(value, Factored):
             return spec
         axes = (*spec, *[None] * (value.ndim - len(spec)))
-        return value.each(spec, lambda factor: Factor(PartitionSpec(*(axes[axis] for axis in factor.axes)), factor.axes))
+        return value.each(
+            spec, lambda factor: Factor(PartitionSpec(*(axes[axis] for axis in factor.axes)), factor.axes)
+        )
 
     def body(*args: Any) -> list[Any]:
         outs = lifting.evaluate(jaxpr, consts, args)

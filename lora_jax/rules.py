@@ -74,7 +74,7 @@ def _cast(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     return [dataclasses.replace(weight, w=w)]
 
 
-@rule("copy", "sharding_constraint", "name", "optimization_barrier", "reshard", "device_put", "pvary")
+@rule("copy", "sharding_constraint", "name", "optimization_barrier", "reshard", "device_put")
 def _keep(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     # Constraints and tags are meant for the base; the factors are small and follow from it. What is stored in another
     # form passes as it is.
@@ -254,6 +254,14 @@ def _unstack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
         return lambda f: lax.index_in_dim(f, i if f.shape[axis] != 1 else 0, axis, keepdims=False)
 
     return [rearranged(weight, _part(weight, bind, i), pick(i)) for i in range(weight.shape[axis])]
+
+
+@rule("pvary")
+def _pvary(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
+    # A mark, for the base to meet data that differs between devices; the factors get theirs where they are used.
+    weight = only(args, 0)
+    w = weight.w.sliced(lambda x: bind(x)[0]) if isinstance(weight.w, Deferred) else bind(weight.w)[0]
+    return [dataclasses.replace(weight, w=w)]
 
 
 @rule("all_gather")

@@ -106,7 +106,13 @@ def linen_convolutional_network():
             return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
 
     model = Model()
-    rows = {"dilated": 2 * 36, "grouped": (3 * 2 * 9, 2 * 9), "depthwise": (12 * 2 * 9, 2 * 9), "pointwise": 18, "head": 2}
+    rows = {
+        "dilated": 2 * 36,
+        "grouped": (3 * 2 * 9, 2 * 9),
+        "depthwise": (12 * 2 * 9, 2 * 9),
+        "pointwise": 18,
+        "head": 2,
+    }
     return model.apply, model.init(jax.random.key(0), image), image, rows
 
 

@@ -1,5 +1,6 @@
 """Models in Equinox, Haiku and Keras and by hand, written for nobody in particular; see `gallery_flax.py`."""
 
+import functools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -10,6 +11,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import keras
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 IDS = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]])  # 8 tokens
 X = jnp.cos(jnp.arange(2 * 4 * 16.0)).reshape(2, 4, 16)
@@ -32,7 +35,10 @@ def equinox_attention():
 def equinox_convolutions():
     """Kernels laid out as PyTorch has them, and a transposed one."""
     keys = jax.random.split(jax.random.key(0), 2)
-    layers = (eqx.nn.Conv1d(8, 16, 3, dilation=2, groups=2, key=keys[0]), eqx.nn.ConvTranspose1d(16, 8, 4, 2, key=keys[1]))
+    layers = (
+        eqx.nn.Conv1d(8, 16, 3, dilation=2, groups=2, key=keys[0]),
+        eqx.nn.ConvTranspose1d(16, 8, 4, 2, key=keys[1]),
+    )
 
     def f(layers, x):
         return jax.vmap(lambda row: layers[1](jnp.tanh(layers[0](row))))(x)
@@ -149,6 +155,24 @@ def custom_derivative_over_activations():
     return lambda p, x: clipped(jnp.tanh(x @ p["up"]), 0.1) @ p["down"], _two_layers(), X, {"": 8}
 
 
+def under_shard_map():
+    """Columns of one weight and rows of the next divided over devices (of which there may be one), in a scan of layers."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"up": jax.random.normal(keys[0], (3, 16, 32)) / 4, "down": jax.random.normal(keys[1], (3, 32, 16)) / 6}
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(None, "model"), P("model"), P("data")), out_specs=P("data")
+    )
+    def block(up, down, x):
+        return x + jax.lax.psum(jnp.tanh(x @ up) @ down, "model")
+
+    def f(p, x):
+        return jax.lax.scan(lambda x, layer: (block(layer["up"], layer["down"], x), None), x, p)[0]
+
+    return f, params, X, {"": 3 * 8}
+
+
 MODELS = [
     equinox_attention,
     equinox_convolutions,
@@ -159,4 +183,5 @@ MODELS = [
     experts_by_ragged_dot,
     pallas_kernel_beside_the_weights,
     custom_derivative_over_activations,
+    under_shard_map,
 ]

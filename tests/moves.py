@@ -81,7 +81,9 @@ def slice_(draw, axes):
 def dynamic_slice(draw, axes):
     sizes = [draw(st.integers(1, n)) for n, _ in axes]
     starts = jnp.array([draw(st.integers(0, n - m)) for (n, _), m in zip(axes, sizes, strict=True)])
-    return lambda w: jax.lax.dynamic_slice(w, list(starts), sizes), [(m, r) for m, (_, r) in zip(sizes, axes, strict=True)]
+    return lambda w: jax.lax.dynamic_slice(w, list(starts), sizes), [
+        (m, r) for m, (_, r) in zip(sizes, axes, strict=True)
+    ]
 
 
 def split(draw, axes):
@@ -157,7 +159,7 @@ def division(axes) -> Axes:
 
 @st.composite
 def uses(draw, *names):
-    """A weight's axes, and a function of it and of data: some moves, those of these names among them, then a product."""
+    """A weight's axes, and a function of it and of data: moves, those of these names among them, and a product."""
     axes = start = draw(weights())
     moves = []
     others = draw(st.lists(st.sampled_from(sorted(set(MOVES) - set(ROUNDING))), max_size=2))

@@ -1,7 +1,6 @@
 """Every rule against the dense computation, over random shapes, dimension numbers and dtypes."""
 
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,10 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 from moves import MOVES, ROUNDING, division, uses, weights
-from oracle import adapter, assert_lifts
+from oracle import adapter, assert_lifts, dense_params
 
 import lora_jax as lora
-from lora_jax import Axes, control, rules
+from lora_jax import control, rules
 
 pytestmark = pytest.mark.usefixtures("quick")
 # Smaller examples are not looked for: each costs a compilation.
@@ -58,7 +57,7 @@ def test_reshard(axes):
         check("reshard", axes, f, data(3, *(n for n, _ in axes)))
 
 
-@few
+@settings(few, max_examples=3)
 @given(uses())
 def test_stop_gradient(use):
     axes, f, x = use
@@ -78,20 +77,24 @@ def test_stop_gradient(use):
 # --- operations that consume the weight ---
 
 
-@few
-@given(uses(), st.sampled_from([jnp.bfloat16, jnp.float16]), st.sampled_from([None, jnp.float32]))
-def test_products_of_fewer_bits(use, dtype, preferred):
-    """A base of fewer bits with factors of float32: as close to the exact product as that dtype comes."""
-    m, k, n = 5, 24, 16
-    params = {"w": data(k, n).astype(dtype)}
-    adapters = {"w": adapter(jax.random.key(1), (k, n), Axes((), (0,), (1,)))}
-    x = data(m, k).astype(dtype)
-
-    def f(p, x):
-        return jax.lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=preferred)
-
-    y = lora.lift(f)(lora.attach(params, adapters), x)
-    assert y.dtype == (preferred or dtype)
+@settings(few, max_examples=4)
+@given(uses(), st.sampled_from([jnp.bfloat16, jnp.float16]))
+def test_products_of_fewer_bits(use, dtype):
+    """Base and data of fewer bits, factors of float32: as close to the exact product as that dtype comes."""
+    axes, f, x = use
+    shape = [n for n, _ in axes]
+    params = {"w": data(*shape).astype(dtype)}
+    adapters = {"w": adapter(jax.random.key(1), shape, division(axes))}
+    x = x.astype(dtype)
+    y = lora.lift(lambda p, x: f(p["w"], x))(lora.attach(params, adapters), x)
+    base = f(params["w"], x)
+    assert y.dtype == base.dtype == dtype
+    wide = dense_params({"w": params["w"].astype(jnp.float32)}, adapters)["w"]
+    exact = f(wide, x.astype(jnp.float32))
+    # Of what is added up, not of the sum, in which it may cancel.
+    size = float(f(jnp.abs(wide), jnp.abs(x.astype(jnp.float32))).max())
+    error = jnp.abs(y.astype(jnp.float32) - exact).max()
+    assert error < 16 * float(jnp.finfo(dtype).eps) * max(size, 1) < jnp.abs(base - exact).max() * 8
 
 
 @st.composite
@@ -225,8 +228,14 @@ def test_moves_within_while(use):
     assert float(jnp.abs(want - f(params, x)).max()) > 1e-2 * scale
 
 
-def test_every_rule_is_tested_here():
-    consumers = {"dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "reshard", "stop_gradient"}
-    assert set(rules.RULES) == {*MOVES, *consumers}
-    within = {primitive.name for primitive in control.CONTROL}
+def test_every_rule_is_tested():
+    here = {"dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "reshard", "stop_gradient"}
+    on_eight_devices = {"pvary", "all_gather", "shard_map"}  # by random divisions, in eight_devices.py
+    of_jax_itself = {
+        "call",
+        "closed_call",
+        "eval_jaxpr",
+    }  # which no function of a user's makes: a jit, seen from within
+    assert set(rules.RULES) - on_eight_devices == {*MOVES, *here}
+    within = {primitive.name for primitive in control.CONTROL} - on_eight_devices - of_jax_itself
     assert within == {*(name.split()[0] for name in WITHIN), "while"}
