@@ -17,7 +17,6 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.core import primitives as P
-from jax.sharding import PartitionSpec
 
 from lora_jax import _jaxpr
 from lora_jax.factored import Factor, Factored
@@ -68,45 +67,6 @@ def _remat(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         lambda *args: lifting.evaluate(jaxpr, consts, args),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
-    )(*values)
-
-
-def _shard_map(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    params = eqn.params
-    jaxpr, consts = _jaxpr.opened(params["jaxpr"])
-    where = _jaxpr.source_line(eqn)
-
-    def whole(value: Any, spec: PartitionSpec) -> Any:
-        if not isinstance(value, Factored):
-            return value
-        value = value.resolved()  # a norm is that of whole columns
-        if any(spec) and isinstance(value.w, Deferred):
-            return lifting.dense(value, "shard_map", where, "it is divided over devices while stored in another form")
-        if any(spec) and value.after is not None:
-            return lifting.dense(value, "shard_map", where, "the product that its adapter follows is divided")
-        return value
-
-    def divided(value: Any, spec: PartitionSpec) -> Any:
-        # A factor is divided as the base is, along the axes that it has; its rank never is.
-        if not isinstance(value, Factored):
-            return spec
-        axes = (*spec, *[None] * (value.ndim - len(spec)))
-        return value.each(
-            spec, lambda factor: Factor(PartitionSpec(*(axes[axis] for axis in factor.axes)), factor.axes)
-        )
-
-    def body(*args: Any) -> list[Any]:
-        outs = lifting.evaluate(jaxpr, consts, args)
-        return [lifting.dense(out, "shard_map", where, "it is returned") for out in outs]
-
-    values = [whole(value, spec) for value, spec in zip(values, params["in_specs"], strict=True)]
-    return jax.shard_map(
-        body,
-        mesh=params["mesh"],
-        in_specs=tuple(divided(value, spec) for value, spec in zip(values, params["in_specs"], strict=True)),
-        out_specs=list(params["out_specs"]),
-        axis_names=params["newly_manual_axes"],
-        check_vma=params["check_vma"],
     )(*values)
 
 
@@ -357,7 +317,6 @@ CONTROL: dict[Any, Control] = {
     P.closed_call_p: _inline,
     P.call_p: _inline,
     P.remat_p: _remat,
-    _jaxpr.shard_map_p: _shard_map,
     P.scan_p: _scan,
     P.while_p: _while,
     P.cond_p: _cond,

@@ -256,31 +256,6 @@ def _unstack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
     return [rearranged(weight, _part(weight, bind, i), pick(i)) for i in range(weight.shape[axis])]
 
 
-@rule("pvary")
-def _pvary(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
-    # A mark, for the base to meet data that differs between devices; the factors get theirs where they are used.
-    weight = only(args, 0)
-    w = weight.w.sliced(lambda x: bind(x)[0]) if isinstance(weight.w, Deferred) else bind(weight.w)[0]
-    return [dataclasses.replace(weight, w=w)]
-
-
-@rule("all_gather")
-def _all_gather(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
-    weight, axis = only(args, 0), params["all_gather_dimension"]
-    if not params["tiled"]:
-        raise NoRule("only a tiled all_gather has a rule")
-
-    def move(factor: jax.Array) -> jax.Array:
-        # Of an axis of which each device has one element it is not known whether the factor has it; repeating what is
-        # the same on all of them is right as well.
-        if factor.shape[axis] == 1 != weight.shape[axis]:
-            return factor
-        groups = params["axis_index_groups"]
-        return lax.all_gather(factor, params["axis_name"], axis_index_groups=groups, axis=axis, tiled=True)
-
-    return [rearranged(weight, weight.based(lambda w: bind(w)[0]), move)]
-
-
 @rule("stack")
 def _stack(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     return [_joined(args, bind, lambda factors: jnp.stack(factors, params["axis"]))]

@@ -125,7 +125,7 @@ def test_experts_one_on_each_device(mesh, key):
 
 @st.composite
 def divisions(draw):
-    """Which mesh axes divide each axis of a weight, which of its axes is contracted, and whether shards are gathered."""
+    """Which mesh axes divide each axis of a weight, which of its axes is contracted, whether shards are gathered."""
     free = ["data", "model"]
     names = []
     for _ in range(2):

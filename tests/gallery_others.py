@@ -156,7 +156,7 @@ def custom_derivative_over_activations():
 
 
 def under_shard_map():
-    """Columns of one weight and rows of the next divided over devices (of which there may be one), in a scan of layers."""
+    """Columns of one weight and rows of the next divided over devices (here it is one), in a scan of layers."""
     mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     keys = jax.random.split(jax.random.key(0), 2)
     params = {"up": jax.random.normal(keys[0], (3, 16, 32)) / 4, "down": jax.random.normal(keys[1], (3, 32, 16)) / 6}
