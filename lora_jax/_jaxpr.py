@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import source_info_util
+from jax._src.shard_map import shard_map_p as shard_map_p
 from jax.extend import core
 
 
@@ -101,11 +102,14 @@ def bind(eqn: core.JaxprEqn, *values: Any) -> list[Any]:
 @contextlib.contextmanager
 def at_source(eqn: core.JaxprEqn) -> Iterator[None]:
     """Keeps the model's own names and source lines on whatever is traced in place of an equation."""
+    source = eqn.source_info
+    if not source_info_util.summarize(source):  # within a function of JAX's own: it is the line that calls that
+        source = source_info_util.current()
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+    with source_info_util.user_context(source.traceback, name_stack=stack), eqn.ctx.manager:
         yield
 
 
 def source_line(eqn: core.JaxprEqn) -> str:
-    """The user's line that an equation comes from, as `file.py:12 (function)`."""
-    return source_info_util.summarize(eqn.source_info)
+    """The user's line that an equation comes from, as `file.py:12 (function)`; to be asked `at_source`."""
+    return source_info_util.summarize(eqn.source_info) or source_info_util.summarize(source_info_util.current())

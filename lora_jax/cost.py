@@ -15,9 +15,9 @@ def flops(f: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Counts the floating-point operations of the products in `f(*args, **kwargs)`.
 
     2·M·K·N for a product [M, K] x [K, N], and likewise for batched and grouped products and for convolutions. Nothing
-    else is counted: a language model spends its time there. The body of a scan counts as often as it runs, what remat
-    computes twice counts twice, of a `cond` the dearest branch counts. How often a `while_loop` runs is not known: its
-    body counts once.
+    else is counted: a language model spends its time there. The body of a scan counts as often as it runs, that of a
+    `shard_map` once for each device, what remat computes twice counts twice, of a `cond` the dearest branch counts. How
+    often a `while_loop` runs is not known: its body counts once.
 
     Args:
       f: a function that JAX can trace.
@@ -41,6 +41,8 @@ def _operations(eqn: JaxprEqn) -> int:
     inner = [_count(jaxpr) for jaxpr in jaxprs_in_params(eqn.params)]
     if name == "cond":
         return max(inner)
+    if name == "shard_map":
+        return sum(inner) * math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
     return sum(inner) * eqn.params.get("length", 1)
 
 

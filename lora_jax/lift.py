@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+import lora_jax.manual
 import lora_jax.products  # noqa: F401  registers its rules
 from lora_jax import _jaxpr
 from lora_jax.adapters import SHARED, Adapter, weights

@@ -74,7 +74,7 @@ def _cast(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     return [dataclasses.replace(weight, w=w)]
 
 
-@rule("copy", "copy_p", "sharding_constraint", "name", "optimization_barrier", "reshard", "device_put")
+@rule("copy", "sharding_constraint", "name", "optimization_barrier", "reshard", "device_put")
 def _keep(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     # Constraints and tags are meant for the base; the factors are small and follow from it. What is stored in another
     # form passes as it is.
@@ -180,7 +180,7 @@ def _squeeze(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[An
     return [rearranged(weight, weight.based(lambda w: bind(w)[0]), lambda f: lax.squeeze(f, params["dimensions"]))]
 
 
-@rule("expand_dims", "broadcast_in_dim")
+@rule("broadcast_in_dim")
 def _broadcast(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any]:
     weight = only(args, 0)
     w = weight.based(lambda w: bind(w)[0])

@@ -204,7 +204,8 @@ class _Walk:
             return Fact() if isinstance(atom, Literal) else env.get(atom, Fact())
 
         for eqn in jaxpr.eqns:
-            env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+            with _jaxpr.at_source(eqn):
+                env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, facts: list[Fact]) -> list[Fact]:
@@ -315,6 +316,7 @@ _INNER: dict[Any, Callable[[_Walk, JaxprEqn, list[Fact]], list[Fact]]] = {
     P.closed_call_p: _call,
     P.call_p: _call,
     P.remat_p: _call,
+    _jaxpr.shard_map_p: _call,
     P.custom_jvp_call_p: _call,
     P.custom_vjp_call_p: _opaque,
     P.scan_p: _scan,

@@ -119,8 +119,8 @@ def _all(view: View, eqn: JaxprEqn) -> View:
 
 _MOVES: dict[str, Callable[[View, JaxprEqn], View | None]] = {
     **dict.fromkeys(
-        ("convert_element_type", "reduce_precision", "copy", "copy_p", "sharding_constraint", "name", "neg", "rev",
-         "stop_gradient", "reshard", "device_put", "split"),
+        ("convert_element_type", "reduce_precision", "copy", "sharding_constraint", "name", "neg", "rev",
+         "stop_gradient", "reshard", "device_put", "split", "pvary", "all_gather"),
         _all,
     ),
     "transpose": lambda view, eqn: view.arranged([view.axes[axis] for axis in eqn.params["permutation"]]),
@@ -129,7 +129,6 @@ _MOVES: dict[str, Callable[[View, JaxprEqn], View | None]] = {
         [own for axis, own in enumerate(view.axes) if axis not in eqn.params["dimensions"]]
     ),
     "unstack": lambda view, eqn: view.without([eqn.params["axis"]]) if len(view.axes) > 2 else None,
-    "expand_dims": _broadcast,
     "broadcast_in_dim": _broadcast,
     "slice": _picked,
     "dynamic_slice": _picked,
@@ -216,7 +215,6 @@ _ELEMENTWISE = frozenset(
         "sign",
         "select_n",
         "broadcast_in_dim",
-        "expand_dims",
         "reduce_sum",
         "add_any",
     ]
