@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from lora_jax.data import sources
+from lora_jax.data import formats, sources
 
 SUMS = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2&size=400"
 
@@ -116,3 +116,47 @@ def test_question_is_everything_before_the_answer():
     assert one.question == two.question
     assert json.loads(one.question) == [["user", "a"]]
     assert one.question != sources.Example("x", [{"role": "system", "content": "a"}, ask]).question
+
+
+def test_no_turn_of_a_heldout_chat_is_trained_on():
+    """A chat that goes on from another one holds its exercise."""
+    ask, said, again = ({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    short, long = sources.Example("short", [ask, said]), sources.Example("long", [ask, said, again, said])
+    other = sources.Example("other", [again, said])
+    assert sources.without([short, other], [long]) == [other]
+    assert sources.without([long, other], [short]) == [other]
+    assert short.question != long.question  # by the last question alone, both would be trained on
+
+
+def test_pairs_and_tasks_are_split_by_their_prompt():
+    pairs = [formats.Pair(str(i), [{"role": "user", "content": str(i // 2)}], [], []) for i in range(8)]
+    train, heldout = sources.split(pairs, 2, seed=0)
+    assert len(train) == 4 and len(heldout) == 2
+    assert not {pair.question for pair in train} & {pair.question for pair in heldout}
+
+
+def test_repeated_ids(tmp_path):
+    one, two = ({"id": i, "prompt": p, "completion": "b"} for i, p in ((7, "a"), (8, "c")))
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [one, two, one, {**two, "id": None}])
+    said = []
+    assert [e.name for e in sources.load(str(path), log=said.append)] == [f"{path}:{n}" for n in (1, 2, 4)]
+    assert said == [f"1 records are left out for they repeat another's id, such as {path}:3"]
+    tiny.write_jsonl(path, [one, two, {**one, "completion": "other"}])
+    with pytest.raises(ValueError, match=r"x.jsonl:3: its id 7 is also that of .*x.jsonl:1, which is another"):
+        sources.load(str(path))
+    assert len(sources.load(str(path), {"id": ""}, log=pytest.fail)) == 3
+
+
+def test_texts_do_not_mix_with_chats(tmp_path):
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match=r"x.jsonl:3: texts and chats do not mix .*it has 'prompt', 'completion'"):
+        sources.load(str(path))
+
+
+def test_a_task_keeps_what_its_own_check_needs():
+    import reasoning_gym
+
+    task = sources.load(SUMS.replace("size=400", "size=2"), kind=formats.Task)[1]
+    check = reasoning_gym.get_score_answer_fn("chain_sum")
+    assert check(task.answer, task.values["entry"]) == 1.0
+    assert check("none", task.values["entry"]) < 0.1

@@ -7,6 +7,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
+from lora_jax.data import formats
 from lora_jax.quant import FORMATS
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
@@ -48,9 +49,10 @@ def sft() -> Config:
         "clip": 1.0,  # global norm of the gradient; 0: none
     }
     config.data = {
-        "source": "",  # a JSONL file, or reasoning_gym:TASK?parameter=value&...
-        "prompt": "prompt",  # names of these fields in the file
+        "source": "",  # a file or folder, tfds:NAME?split=..., hf:NAME?split=..., reasoning_gym:TASK?parameter=...
+        "prompt": "prompt",  # names of these columns in the source
         "completion": "completion",
+        "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of these
         "heldout": 64,  # examples to evaluate on, never trained on; drawn from the source, or
         "heldout_source": "",  # the first ones of this source
         "length": 0,  # tokens in a row; 0: as many as the longest example has
@@ -90,7 +92,7 @@ def check(config: Config) -> None:
     if config.batch_size % config.accumulate:
         raise ValueError(f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
     if not config.data.source:
-        raise ValueError("config.data.source is empty: give a JSONL file, or reasoning_gym:TASK")
+        raise ValueError("config.data.source is empty: give a file or folder, or reasoning_gym:TASK")
 
 
 def schedule(config: Config, rate: float) -> Callable[[Any], Any]:

@@ -1,5 +1,6 @@
 """From a config's data section to rows of tokens: what is trained on, and what is held out."""
 
+import collections
 import hashlib
 from typing import NamedTuple
 
@@ -40,10 +41,11 @@ def prepare(config: Config, format: chat.Format, context: int) -> Data:
       FileNotFoundError, ValueError: naming the file, line or example, and what is wrong.
     """
     settings = config.data
-    fields = {"prompt": settings.prompt, "completion": settings.completion}
-    examples = sources.load(settings.source, fields)
+    columns = {"prompt": settings.prompt, "completion": settings.completion, **settings.columns}
+    examples = sources.load(settings.source, columns)
+    recognised = collections.Counter(example.format for example in examples)
     if settings.heldout_source:
-        held = sources.load(settings.heldout_source, fields)[: settings.heldout]
+        held = sources.load(settings.heldout_source, columns)[: settings.heldout]
         training = sources.without(examples, held)
     else:
         training, held = sources.split(examples, settings.heldout, config.seed)
@@ -55,7 +57,8 @@ def prepare(config: Config, format: chat.Format, context: int) -> Data:
     kept, long = packing.fit(tokens, length, settings.truncate)
     held_kept, held_long = packing.fit(packing.tokenize(format, held), length, settings.truncate)
     print(
-        f"{settings.source}: {len(kept):,} examples to train on, {len(held_kept):,} held out "
+        f"{settings.source}: {', '.join(f'{count:,} {name}' for name, count in recognised.items())}; "
+        f"{len(kept):,} examples to train on, {len(held_kept):,} held out "
         f"(no question of these is trained on), up to {length} tokens"
     )
     if long or held_long:
