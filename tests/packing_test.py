@@ -141,3 +141,12 @@ def test_every_pass_shows_every_row_once_in_another_order():
     for lengths in passes:
         assert sorted(lengths) == list(range(2, 14))
     assert not np.array_equal(*passes)
+
+
+def test_a_text_in_pieces_has_every_target_once():
+    whole, short = example(23, "a", learn_from=0), example(4, "b", learn_from=0)
+    cut = list(packing.pieces([whole, short], 8))
+    assert [e.inputs for e in cut] == [8, 8, 6, 3] and [e.name for e in cut] == ["a", "a", "a", "b"]
+    targets = np.concatenate([e.ids[1:] for e in cut])
+    np.testing.assert_array_equal(targets, [*whole.ids[1:], *short.ids[1:]])
+    assert len(list(packing.pieces([short], 3))) == 1 and len(list(packing.pieces([short], 2))) == 2

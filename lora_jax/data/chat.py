@@ -1,24 +1,22 @@
 """Chats as token ids, and which of those ids the model is to learn.
 
-A model's own Jinja template turns messages into text. Few templates mark what the assistant says, so it is
-found by rendering the chat up to the assistant's turn, and again with it: what was added is the turn.
+A model's own Jinja template turns messages into text. Where it marks what the assistant says, that is learned. Few
+templates do; then what the assistant says is found by rendering the chat up to its turn, and again with it: what was
+added is the turn. And where a template writes earlier turns otherwise than later ones, by rendering the chat with
+another content in that turn: what stays the same is what surrounds it.
 """
 
 import datetime
-import functools
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from lora_jax.data import template
+
 Message = dict[str, Any]
+STAND_IN = "content-of-this-turn"  # no template has this word
 
 
 class Special(Protocol):
@@ -55,39 +53,57 @@ class Format(NamedTuple):
     now: datetime.datetime
 
 
-def render(format: Format, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+def render(format: Format, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Writes a chat as token ids.
 
     Args:
       format: of the model.
       messages: dicts with a role and a content.
+      tools: JSON schemas of what the assistant may call.
 
     Returns:
       `(ids_T, learn_T)`, int32 and bool: learn is true at what the assistant says and at the token that
-      ends its turn.
+      ends its turn; or, in a template that marks what it says, at what is marked.
 
     Raises:
-      ValueError: if the template fails, or does not write the beginning of a chat as it writes the whole.
+      ValueError: if the template fails, or it cannot be told what of its text the assistant says.
     """
     if format.template is None:
         return _concatenated(format, messages)
-    text = _text(format, messages)
-    spans = [_turn(format, messages, text, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    writer = _Writer(format, format.template, tools)
+    text, marked = writer.marked(messages)
+    spans = marked
+    if spans is None:
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [writer.turn(messages, text, i) for i in turns]
     encoding = format.tokenizer.encode(text, add_special_tokens=False)
     ids = np.array(encoding.ids, np.int32)
     # A token that begins before the turn cannot be what the model says after the prompt: it is not learned.
-    starts = np.array([start for start, _ in encoding.offsets], np.int64)
+    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     learn = np.zeros(len(ids), bool)
     for begin, end in spans:
         inside = (starts >= begin) & (starts < end)
-        ended = np.flatnonzero(inside & np.isin(ids, format.special.stop))
-        if ended.size:  # what the template writes after the end of a turn is not said by the model
-            inside[ended[-1] + 1 :] = False
+        stops = np.flatnonzero(inside & np.isin(ids, format.special.stop))
+        if stops.size and marked is None:  # what the template writes after the end of a turn is not said by the model
+            last = stops.size - 1
+            while last and not text[ends[stops[last - 1]] : starts[stops[last]]].strip():  # nor is a second end
+                last -= 1
+            inside[stops[last] + 1 :] = False
         learn |= inside
     return ids, learn
 
 
-def prompt(format: Format, messages: Sequence[Message]) -> np.ndarray:
+def plain(format: Format, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Writes a text as token ids, from beginning to end token as far as the model has these.
+
+    Returns:
+      `(ids_T, learn_T)` as `render`; all is learned.
+    """
+    ids = [*_prompt_ids(format, text), *([] if format.special.eos is None else [format.special.eos])]
+    return np.array(ids, np.int32), np.ones(len(ids), bool)
+
+
+def prompt(format: Format, messages: Sequence[Message], tools: Sequence[Any] = ()) -> np.ndarray:
     """Writes a chat up to where the assistant is to answer, as ids_T int32.
 
     Raises:
@@ -95,7 +111,7 @@ def prompt(format: Format, messages: Sequence[Message]) -> np.ndarray:
     """
     if format.template is None:
         return _prompt_ids(format, "".join(message["content"] for message in messages))
-    text = _text(format, messages, add_generation_prompt=True)
+    text = _Writer(format, format.template, tools).text(messages, add_generation_prompt=True)
     return np.array(format.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
 
@@ -106,63 +122,71 @@ def answer(format: Format, ids: Sequence[int]) -> str:
     return format.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
-def _turn(format: Format, messages: Sequence[Message], text: str, i: int) -> tuple[int, int]:
-    """Where in the text the assistant's turn, message i, begins and ends."""
-    before = _text(format, messages[:i], add_generation_prompt=True)
-    after = _text(format, messages[: i + 1])
-    if not (after.startswith(before) and text.startswith(after)):
+class _Writer:
+    """Renders chats with one template and set of tools."""
+
+    def __init__(self, format: Format, source: str, tools: Sequence[Any]):
+        self.format, self.source, self.tools = format, source, tools
+
+    def marked(self, messages: Sequence[Message], **options: bool) -> tuple[str, template.Spans | None]:
+        def token(i: int | None) -> str:
+            return "" if i is None else self.format.tokenizer.id_to_token(i) or ""
+
+        special = {"bos_token": token(self.format.special.bos), "eos_token": token(self.format.special.eos)}
+        options = {"add_generation_prompt": False, **options}
+        return template.render(self.source, messages, self.tools, self.format.now, **special, **options)
+
+    def text(self, messages: Sequence[Message], **options: bool) -> str:
+        return self.marked(messages, **options)[0]
+
+    def turn(self, messages: Sequence[Message], text: str, i: int) -> tuple[int, int]:
+        """Where in the text the assistant's turn, message i, begins and ends."""
+        before = self.text(messages[:i], add_generation_prompt=True)
+        after = self.text(messages[: i + 1])
+        if after.startswith(before) and text.startswith(after):
+            return len(before), len(after)
+        found = self._said(messages, text, i)
+        if found:
+            # What the prompt has behind the question is not said by the model. What follows it is, such as an empty
+            # thought before the content; but where another prompt is written in this place, only the content is.
+            asked = self._said(messages, text, i - 1) if i else (0, 0)
+            answered = self._said(messages[:i], before, i - 1, add_generation_prompt=True) if i else (0, 0)
+            header = before[answered[1] :] if answered else ""
+            if asked and answered and text.startswith(header, asked[1]):
+                found = asked[1] + len(header), found[1]
+            elif not messages[i].get("content"):
+                found = None
+        if found:
+            following = self._said(messages, text, i + 1) if i + 1 < len(messages) else None
+            return found[0], self._stop(text, found[1], following[0] if following else len(text)) or found[1]
         raise ValueError(
             f"the chat template does not write message {i + 1} as an addition to the messages before it, "
             "or writes it differently when others follow, so what the assistant says cannot be told apart; "
             "give chats of a question and an answer"
         )
-    return len(before), len(after)
+
+    def _said(self, messages: Sequence[Message], text: str, i: int, **options: bool) -> tuple[int, int] | None:
+        """Where in the text the content of message i is, or the name of what it calls, as far as it can be told."""
+        other = self.text([*messages[:i], _with_stand_in(messages[i]), *messages[i + 1 :]], **options)
+        before, found, after = other.partition(STAND_IN)
+        if not found or STAND_IN in after or not (text.startswith(before) and text.endswith(after)):
+            return None
+        return (len(before), len(text) - len(after)) if len(before) + len(after) <= len(text) else None
+
+    def _stop(self, text: str, begin: int, end: int) -> int | None:
+        """Where the first token that ends a turn ends."""
+        names = (self.format.tokenizer.id_to_token(i) for i in self.format.special.stop)
+        ends = [at + len(name) for name in names if name and (at := text.find(name, begin, end)) >= 0]
+        return min(ends, default=None)
 
 
-def _text(format: Format, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    def token(i: int | None) -> str:
-        return "" if i is None else format.tokenizer.id_to_token(i) or ""
-
-    try:
-        return _compiled(format.template).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            bos_token=token(format.special.bos),
-            eos_token=token(format.special.eos),
-            strftime_now=format.now.strftime,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template fails on this chat: {error}") from None
-
-
-@functools.cache
-def _compiled(template: str) -> jinja2.Template:
-    """Templates come with downloaded weights: they run in a sandbox, with the additions that they expect."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment.from_string(template)
-
-
-class _Generation(jinja2.ext.Extension):
-    """Accepts `{% generation %}` around what the assistant says, and writes what is inside it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The block's own nodes."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _with_stand_in(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if message.get("content") or not calls:
+        return {**message, "content": STAND_IN}
+    function = {**calls[0].get("function", calls[0]), "name": STAND_IN}
+    first = {**calls[0], "function": function} if "function" in calls[0] else function
+    return {**message, "tool_calls": [first, *calls[1:]]}
 
 
 def _concatenated(format: Format, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:

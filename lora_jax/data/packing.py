@@ -8,7 +8,7 @@ Shapes: B rows, T inputs in a row.
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -48,13 +48,36 @@ def tokenize(format: chat.Format, examples: Iterable[sources.Example]) -> list[T
     Raises:
       ValueError: naming the example that the chat template cannot write.
     """
-    tokens = []
+    return [tokens(format, example) for example in examples]
+
+
+def tokens(format: chat.Format, example: sources.Example) -> Tokens:
+    """Writes one example, as `tokenize`."""
+    try:
+        if example.text is not None:
+            return Tokens(example.name, *chat.plain(format, example.text))
+        return Tokens(example.name, *chat.render(format, example.messages, example.tools))
+    except ValueError as error:
+        raise ValueError(f"{example.name}: {error}") from None
+
+
+def pieces(examples: Iterable[Tokens], length: int) -> Iterator[Tokens]:
+    """Cuts examples that are too long for a row into several, each beginning with the last id of the one before.
+
+    So every id but the first of an example is a target once, and what is cut is text, where a beginning in its midst
+    does no harm.
+
+    Args:
+      examples: tokenised texts.
+      length: places in a row, T.
+
+    Yields:
+      Examples with at most `length` inputs.
+    """
     for example in examples:
-        try:
-            tokens.append(Tokens(example.name, *chat.render(format, example.messages)))
-        except ValueError as error:
-            raise ValueError(f"{example.name}: {error}") from None
-    return tokens
+        for start in range(0, max(example.inputs, 1), length):
+            cut = np.s_[start : start + length + 1]
+            yield Tokens(example.name, example.ids[cut], example.learn[cut])
 
 
 def fit(examples: Iterable[Tokens], length: int, truncate: bool = False) -> tuple[list[Tokens], list[Tokens]]:
