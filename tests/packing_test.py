@@ -75,6 +75,12 @@ def test_what_follows_the_last_id_to_learn_is_cut_off():
     np.testing.assert_array_equal(whole.ids, range(9))
 
 
+def test_share_of_padding():
+    rows = [[example(5), example(4)], [example(9)]]
+    assert packing.padding(rows, 8) == 1 / 16 == 1 - packing.batch(rows, 8)["segments"].astype(bool).mean()
+    assert packing.padding(packing.rows([example(5), example(4)], 8), 8) == 9 / 16
+
+
 def test_most_learned():
     assert packing.most_learned(packing.rows([example(5, learn_from=3), example(6, learn_from=4)], 8)) == 2
     assert packing.most_learned([[example(5, learn_from=3), example(6, learn_from=4)]]) == 4
@@ -94,25 +100,32 @@ def test_best_fit_is_complete_fits_and_is_tight():
     ]
 
 
-def test_packed_loss_is_the_unpacked_loss():
+def test_packed_loss_and_gradients_are_the_unpacked_ones(quick):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), CONFIG))
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), jnp.float32), shapes)
     examples = [example(n, learn_from=n // 2) for n in (4, 7, 9, 12, 15)]
 
     @functools.partial(jax.jit, static_argnames="segments")
-    def sums(b, segments):
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def sums(params, b, segments):
         apart = (b["positions"], b["segments"]) if segments else (None, None)
         hidden = decoder.hidden(params, b["tokens"], CONFIG, *apart)
         return loss.cross_entropy(params, hidden, b["targets"], b["weights"], CONFIG)
 
     def total(pack, segments=True):
-        return sums(packing.batch(packing.rows(examples, 24, pack), 24), segments)
+        return sums(params, packing.batch(packing.rows(examples, 24, pack), 24), segments=segments)
 
-    (packed, n), (unpacked, m) = total(True), total(False)
+    ((packed, n), gradient), ((unpacked, m), expected) = total(True), total(False)
     assert n == m == sum(len(e.ids) - len(e.ids) // 2 for e in examples)
     np.testing.assert_allclose(packed, unpacked, rtol=1e-5)
-    assert abs(total(True, segments=False)[0] - unpacked) > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), gradient, expected)
+    (leaking, _), other = total(True, segments=False)
+    assert abs(leaking - unpacked) > 1e-2
+    assert all(
+        np.abs(a - b).max() > 1e-3 * np.abs(b).max()
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True)
+    )
 
 
 def test_the_place_in_the_data_is_restored():
@@ -150,3 +163,40 @@ def test_a_text_in_pieces_has_every_target_once():
     targets = np.concatenate([e.ids[1:] for e in cut])
     np.testing.assert_array_equal(targets, [*whole.ids[1:], *short.ids[1:]])
     assert len(list(packing.pieces([short], 3))) == 1 and len(list(packing.pieces([short], 2))) == 2
+
+
+def test_padding_is_told_by_length_not_by_id():
+    """An id that is used as padding elsewhere is learned like any other."""
+    zeros = packing.Tokens("x", np.zeros(5, np.int32), np.arange(5) >= 2)
+    batch = packing.batch([[zeros]], 8)
+    np.testing.assert_array_equal(batch["weights"][0], [0, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch["segments"][0], [1, 1, 1, 1, 0, 0, 0, 0])
+
+
+def test_shards_take_the_batches_of_the_whole():
+    rows = packing.rows([example(n) for n in range(3, 15)], 13)
+    whole = packing.iterate(rows, 13, 4, seed=0)
+    shards = [packing.iterate(rows, 13, 2, seed=0, shard=(n, 2)) for n in range(2)]
+    for _ in range(7):
+        expected, halves = next(whole)["tokens"], [next(shard)["tokens"] for shard in shards]
+        np.testing.assert_array_equal(np.concatenate(halves), np.concatenate([expected[::2], expected[1::2]]))
+        assert not np.array_equal(*halves)
+
+
+def test_a_mixture_has_its_weights_and_its_place():
+    short, long = (packing.rows([example(n, str(n)) for n in sizes], 13) for sizes in (range(3, 7), range(8, 14)))
+
+    def new():
+        return packing.mix([(short, 3.0), (long, 1.0)], 13, 4, seed=0)
+
+    batches = new()
+    lengths = np.concatenate([next(batches)["segments"].sum(1) for _ in range(24)])
+    assert (lengths < 6).sum() == 72 and (lengths > 6).sum() == 24
+    assert {*lengths} == {*range(2, 6), *range(7, 13)}  # every row of both comes
+    place = batches.get_state()
+    expected = [next(batches)["tokens"] for _ in range(5)]
+    again = new()
+    again.set_state(place)
+    for tokens in expected:
+        np.testing.assert_array_equal(next(again)["tokens"], tokens)
+    assert not np.array_equal(next(new())["tokens"], expected[0])

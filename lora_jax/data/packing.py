@@ -181,7 +181,12 @@ def most_learned(rows: Iterable[Row]) -> int:
     return max(sum(int(example.learn[1:].sum()) for example in row) for row in rows)
 
 
-def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> Any:
+def padding(rows: Sequence[Row], length: int) -> float:
+    """The share of the places in rows that nothing stands in, from 0 to 1."""
+    return 1 - sum(example.inputs for row in rows for example in row) / (len(rows) * length)
+
+
+def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Any:
     """Endless batches, shuffled anew in every pass over the rows.
 
     Args:
@@ -189,10 +194,39 @@ def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> Any
       length: T.
       batch_size: B.
       seed: of the order.
+      shard: `(n, count)`: of all rows in their order every count-th from the n-th on. Hosts that each take one shard,
+        in batches of B / count, together take the batches of B that one alone would.
 
     Returns:
       A Grain iterator: its `get_state()` and `set_state(...)` remember and restore the place.
     """
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    return mix([(rows, 1.0)], length, batch_size, seed, shard)
+
+
+def mix(
+    parts: Sequence[tuple[Sequence[Row], float]],
+    length: int,
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Any:
+    """Endless batches of several sources' rows, each shuffled anew in every pass over it.
+
+    Args:
+      parts: rows, and how often one of them comes, relative to those of the others.
+      length: T.
+      batch_size: B.
+      seed: of the order.
+      shard: as for `iterate`.
+
+    Returns:
+      As `iterate`.
+    """
+    datasets = [grain.MapDataset.source(rows).seed(seed + i).shuffle().repeat() for i, (rows, _) in enumerate(parts)]
+    dataset = datasets[0]
+    if len(parts) > 1:
+        dataset = grain.MapDataset.mix(datasets, [weight for _, weight in parts])
+    if shard != (0, 1):
+        dataset = dataset[shard[0] :: shard[1]]
     dataset = dataset.batch(batch_size, batch_fn=lambda chosen: batch(chosen, length))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,153 @@
+"""Examples that are read and tokenised while the model trains, for data that memory does not hold.
+
+A stream is read once before training: every record is checked, and a few bytes of each are kept, which tell what may
+be trained on and what is held out.
+
+Shapes: B rows, T inputs in a row.
+"""
+
+import array
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from lora_jax.data import chat, packing, sources
+
+LOOK = 1000  # examples that are looked at before training
+BINS = 64  # rows that are filled at once when examples are packed
+
+
+class Index(NamedTuple):
+    """What a pass over a source finds.
+
+    Args:
+      training: places of the examples to train on, int64.
+      heldout: places of the held-out ones.
+      texts: whether they are texts, not chats.
+      digest: of all examples.
+    """
+
+    training: np.ndarray
+    heldout: np.ndarray
+    texts: bool
+    digest: str
+
+
+def index(examples: sources.Examples, heldout: int, seed: int, log: Callable[[str], None] = print) -> Index:
+    """Reads every example once and draws those to hold out; no training example has an exercise of these in it.
+
+    Args:
+      examples: of a source.
+      heldout: how many to hold out, all with different questions.
+      seed: of the draw.
+      log: told what is left out.
+
+    Returns:
+      The index: 8 bytes for an example and 16 for every question in it.
+
+    Raises:
+      ValueError: if a record is broken, or fewer than `heldout` + 1 questions are different.
+    """
+    places, questions, owners, exercises = array.array("q"), array.array("Q"), array.array("q"), array.array("Q")
+    content, texts = hashlib.sha256(), False
+    for place, example in sources.distinct(examples, log):
+        places.append(place)
+        questions.append(_hash(seed, example.question))
+        for question in example.questions:
+            owners.append(len(places) - 1)
+            exercises.append(_hash(seed, question))
+        content.update(repr(example[1:]).encode())
+        texts = example.text is not None
+    all_, drawn = np.unique(np.array(questions, np.uint64), return_index=True)  # in the order of the hashes: shuffled
+    if len(all_) <= heldout:
+        raise ValueError(f"{len(all_)} different questions are too few to hold out {heldout}")
+    owner, exercise = np.array(owners, np.int64), np.array(exercises, np.uint64)
+    held = np.zeros(len(places), bool)
+    held[drawn[:heldout]] = True
+    same = np.zeros(len(places), bool)
+    same[owner[np.isin(exercise, exercise[held[owner]])]] = True
+    place = np.array(places, np.int64)
+    return Index(place[~same], place[held], texts, content.hexdigest()[:16])
+
+
+class Stream:
+    """What a run trains on: examples by number, each as the pieces of rows that it gives.
+
+    Args:
+      examples: of a source.
+      places: of those to take.
+      format: how the model writes chats.
+      length: T. A longer text is cut into pieces; a longer chat is left out, or cut off with `truncate`.
+      truncate: cut chats.
+    """
+
+    def __init__(
+        self, examples: sources.Examples, places: np.ndarray, format: chat.Format, length: int, truncate: bool
+    ):
+        self.examples, self.places, self.format = examples, places, format
+        self.length, self.truncate = length, truncate
+        self.long = 0  # examples left out so far
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> list[packing.Tokens]:
+        """The pieces of an example, none if it is too long."""
+        example = self.examples[int(self.places[index])]
+        tokens = packing.tokens(self.format, example)
+        if example.text is not None:
+            return list(packing.pieces([tokens], self.length))
+        kept, long = packing.fit([tokens], self.length, self.truncate)
+        self.long += len(long)
+        return kept
+
+
+class _Each(grain.experimental.FlatMapTransform):
+    """Pieces one after the other, as what Grain packs."""
+
+    def flat_map(self, pieces: list[packing.Tokens]) -> list[dict[str, np.ndarray]]:
+        """The arrays of a batch, of one example each."""
+        return [{"tokens": e.ids[:-1], "targets": e.ids[1:], "weights": e.learn[1:].astype(np.float32)} for e in pieces]
+
+
+def iterate(
+    stream: Stream, batch_size: int, seed: int, pack: bool = False, shard: tuple[int, int] = (0, 1)
+) -> Iterator[packing.Batch]:
+    """Endless batches, shuffled anew in every pass over the examples.
+
+    Args:
+      stream: of examples.
+      batch_size: B.
+      seed: of the order.
+      pack: put several examples into a row, each where it leaves the least room, `BINS` rows at a time.
+      shard: `(n, count)`: every count-th example from the n-th on.
+
+    Returns:
+      A Grain iterator: its `get_state()` and `set_state(...)` remember and restore the place.
+    """
+    examples = grain.MapDataset.source(stream).seed(seed).shuffle().repeat()
+    if shard != (0, 1):
+        examples = examples[shard[0] :: shard[1]]
+    pieces = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
+    pieces = grain.experimental.FlatMapIterDataset(pieces, _Each())
+    lengths = dict.fromkeys(("tokens", "targets", "weights"), stream.length)
+    rows = grain.experimental.BestFitPackIterDataset(
+        pieces,
+        length_struct=lengths,
+        num_packing_bins=BINS if pack else 1,
+        max_sequences_per_bin=None if pack else 1,
+        seed=seed,
+    )
+    return iter(rows.batch(batch_size, drop_remainder=True).map(_named))
+
+
+def _named(batch: dict[str, Any]) -> packing.Batch:
+    arrays = {name: batch[name] for name in ("tokens", "targets", "weights")}
+    return arrays | {"segments": batch["tokens_segment_ids"], "positions": batch["tokens_positions"]}
+
+
+def _hash(seed: int, text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest(), "little")

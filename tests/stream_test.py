@@ -1,0 +1,129 @@
+"""Streams: against the same examples in memory, the place in the data, shards, and what is never trained on."""
+
+import json
+
+import numpy as np
+import pytest
+import template_test
+import tiny
+
+from lora_jax.data import packing, sources, stream
+
+FORMAT = template_test.tiny_format(tiny.CHATML)
+
+
+def examples(tmp_path, values):
+    return sources.Examples(sources.records(str(tiny.write_jsonl(tmp_path / "x.jsonl", values))), {})
+
+
+def sums(tmp_path, n=60):
+    return examples(tmp_path, [{"prompt": f"{i} + 1", "completion": "x" * (i % 17) + str(i + 1)} for i in range(n)])
+
+
+def streamed(some, length=64, truncate=False):
+    return stream.Stream(some, np.arange(len(some)), FORMAT, length, truncate)
+
+
+def contents(batches, count):
+    """What is said in the next batches, example by example."""
+    said = []
+    for _ in range(count):
+        batch = next(batches)
+        for b, segments in enumerate(batch["segments"]):
+            for n in range(1, segments.max() + 1):
+                at = segments == n
+                np.testing.assert_array_equal(batch["positions"][b][at], np.arange(at.sum()))
+                said.append(tuple(np.stack([batch[k][b][at] for k in ("tokens", "targets", "weights")]).ravel()))
+    return said
+
+
+def expected(some, length=64):
+    kept, _ = packing.fit(packing.tokenize(FORMAT, some), length)
+    return contents(iter([packing.batch(packing.rows(kept, length), length)]), 1)
+
+
+def test_a_pass_over_a_stream_has_every_example_as_it_is_in_memory(tmp_path):
+    some = sums(tmp_path)
+    batches = stream.iterate(streamed(some), 4, seed=0)
+    first, second = contents(batches, 15), contents(batches, 15)
+    assert sorted(first) == sorted(second) == sorted(expected(some))
+    assert first != second and first != expected(some)
+    assert {x.dtype.name for x in next(batches).values()} == {"int32", "float32"}
+
+
+def test_a_packed_stream_loses_nothing_and_is_tight(tmp_path):
+    some = sums(tmp_path, 1000)
+    batches = stream.iterate(streamed(some), 4, seed=0, pack=True)
+    seen, places, full = [], 0, 0
+    while len(seen) < 500:
+        batch = next(batches)
+        places, full = places + batch["segments"].size, full + (batch["segments"] > 0).sum()
+        seen += contents(iter([batch]), 1)
+    assert set(seen) <= set(expected(some)) and len(set(seen)) == len(seen)
+    assert full / places > 0.85
+    apart = next(stream.iterate(streamed(some), 4, seed=0))["segments"]
+    assert (apart > 0).mean() < full / places
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_place_in_a_stream_is_restored(tmp_path, pack):
+    some = streamed(sums(tmp_path))
+    first = stream.iterate(some, 3, seed=1, pack=pack)
+    for _ in range(25):
+        next(first)
+    place = json.loads(json.dumps(first.get_state()))
+    following = contents(first, 30)
+    again = stream.iterate(some, 3, seed=1, pack=pack)
+    again.set_state(place)
+    assert contents(again, 30) == following
+    assert contents(stream.iterate(some, 3, seed=1, pack=pack), 30) != following
+
+
+def test_shards_are_the_whole(tmp_path):
+    some = sums(tmp_path)
+    whole = contents(stream.iterate(streamed(some), 4, seed=0), 15)
+    halves = [contents(stream.iterate(streamed(some), 2, seed=0, shard=(n, 2)), 15) for n in range(2)]
+    assert sorted(whole) == sorted(halves[0] + halves[1]) and not set(halves[0]) & set(halves[1])
+    for step in range(15):  # batch by batch
+        both = [half[2 * step : 2 * step + 2] for half in halves]
+        assert sorted(both[0] + both[1]) == sorted(whole[4 * step : 4 * step + 4])
+
+
+def test_chats_that_are_too_long_are_counted_and_texts_are_cut(tmp_path):
+    some = streamed(sums(tmp_path), length=32)
+    long = sum(not some[i] for i in range(len(some)))
+    some.long = 0
+    contents(stream.iterate(some, 1, seed=0), len(some) - long)
+    assert 0 < long <= some.long < len(some)  # of a pass, and of what was read ahead of the next
+    cut = streamed(some.examples, length=32, truncate=True)
+    assert all(len(cut[i]) == 1 and cut[i][0].inputs <= 32 for i in range(len(cut)))
+    texts = streamed(examples(tmp_path, [{"text": "one and two " * 30}, {"text": "the sum"}]), length=40)
+    batches = stream.iterate(texts, 1, seed=0)
+    pieces = len(packing.tokens(FORMAT, texts.examples[0]).ids) // 40 + 2
+    batch = [next(batches) for _ in range(pieces)]
+    learned = sum(b["weights"].sum() for b in batch)
+    assert learned == sum(packing.tokens(FORMAT, example).inputs for example in texts.examples)
+
+
+def test_nothing_held_out_is_trained_on(tmp_path):
+    ask, say = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    chats = [{"messages": [{**ask, "content": str(i % 20)}, say]} for i in range(60)]
+    chats += [{"messages": [{**ask, "content": str(i)}, say, ask, say]} for i in range(20)]
+    some = examples(tmp_path, chats)
+    found = stream.index(some, 5, seed=0)
+    held, training = ([some[int(i)] for i in places] for places in (found.heldout, found.training))
+    assert len(held) == 5 == len({example.question for example in held})
+    exercises = {question for example in held for question in example.questions}
+    assert not any(example.questions & exercises for example in training)
+    rest = [e for e in map(some.__getitem__, range(len(some))) if not e.questions & exercises]
+    assert [e.name for e in rest] == [e.name for e in training] and 0 < len(rest) < 75
+    assert found.heldout.tolist() != stream.index(some, 5, seed=1).heldout.tolist()
+    assert found.digest == stream.index(some, 5, seed=0).digest != stream.index(sums(tmp_path), 5, seed=0).digest
+    with pytest.raises(ValueError, match="40 different questions are too few to hold out 40"):
+        stream.index(examples(tmp_path, chats), 40, seed=0)
+
+
+def test_a_broken_record_is_found_before_training(tmp_path):
+    some = examples(tmp_path, [{"prompt": "a", "completion": "b"}] * 5 + [{"prompt": "a"}])
+    with pytest.raises(ValueError, match=r"x.jsonl:6: no text 'completion'"):
+        stream.index(some, 1, seed=0)
