@@ -53,6 +53,8 @@ def sft() -> Config:
         "prompt": "prompt",  # names of these columns in the source
         "completion": "completion",
         "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of these
+        "mixture": (),  # more sources: (("b.jsonl", 0.5), ...) takes half as many rows of it as of the first
+        "stream": False,  # read and tokenise while training, for more than memory holds
         "heldout": 64,  # examples to evaluate on, never trained on; drawn from the source, or
         "heldout_source": "",  # the first ones of this source
         "length": 0,  # tokens in a row; 0: as many as the longest example has

@@ -2,9 +2,12 @@
 
 import collections
 import hashlib
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from lora_jax.data import chat, packing, sources
+import jax
+
+from lora_jax.data import chat, checks, packing, sources, stream
 from train.config import Config
 
 
@@ -12,14 +15,21 @@ class Data(NamedTuple):
     """What a run trains on and evaluates on.
 
     Args:
-      rows: to train on.
+      batches: `batches(batch_size, seed)` gives endless batches to train on, for all hosts together, as a Grain
+        iterator with the part of this one.
+      rows: what these are made of; some of it, if it is streamed.
+      learned: the most targets with a weight in a row of any batch.
+      tokens: examples to train on, some of them if they are streamed.
       heldout_rows: to evaluate on, one example in each.
       asked: the held-out examples whose questions are to be answered.
       length: places in a row.
       digest: of the rows' content, order and size in a batch: a run goes on only with the same.
     """
 
+    batches: Callable[[int, int], Any]
     rows: list[packing.Row]
+    learned: int
+    tokens: list[packing.Tokens]
     heldout_rows: list[packing.Row]
     asked: list[sources.Example]
     length: int
@@ -41,48 +51,144 @@ def prepare(config: Config, format: chat.Format, context: int) -> Data:
       FileNotFoundError, ValueError: naming the file, line or example, and what is wrong.
     """
     settings = config.data
-    columns = {"prompt": settings.prompt, "completion": settings.completion, **settings.columns}
-    examples = sources.load(settings.source, columns)
-    recognised = collections.Counter(example.format for example in examples)
+    if settings.length > context:
+        raise ValueError(
+            f"config.data.length={settings.length} is more than the {context} positions that the model knows"
+        )
+    return (_streamed if settings.stream else _in_memory)(config, format, context)
+
+
+def columns(config: Config) -> Mapping[str, str]:
+    """The source's own names of columns."""
+    return {"prompt": config.data.prompt, "completion": config.data.completion, **config.data.columns}
+
+
+def _in_memory(config: Config, format: chat.Format, context: int) -> Data:
+    settings = config.data
+    weights = {settings.source: 1.0, **dict(settings.mixture)}
+    parts = {source: sources.load(source, columns(config)) for source in weights}
+    for source, examples in parts.items():
+        recognised = collections.Counter(example.format for example in examples)
+        print(f"{source}: {', '.join(f'{count:,} {name}' for name, count in recognised.items())}")
     if settings.heldout_source:
-        held = sources.load(settings.heldout_source, columns)[: settings.heldout]
-        training = sources.without(examples, held)
+        held = sources.load(settings.heldout_source, columns(config))[: settings.heldout]
     else:
-        training, held = sources.split(examples, settings.heldout, config.seed)
-    tokens = packing.tokenize(format, training)
-    longest = packing.longest(tokens)
+        held = sources.split([e for part in parts.values() for e in part], settings.heldout, config.seed)[1]
+    parts = {source: sources.without(part, held) for source, part in parts.items()}
+    tokens = {source: packing.tokenize(format, part) for source, part in parts.items()}
+    longest = max(map(packing.longest, tokens.values()))
     length = settings.length or min(longest, context)
-    if length > context:
-        raise ValueError(f"config.data.length={length} is more than the {context} positions that the model knows")
-    kept, long = packing.fit(tokens, length, settings.truncate)
-    held_kept, held_long = packing.fit(packing.tokenize(format, held), length, settings.truncate)
+    fitted = {source: fit(part, tokens[source], length, settings.truncate) for source, part in parts.items()}
+    held_kept, held_long = fit(held, packing.tokenize(format, held), length, settings.truncate)
+    kept = [example for part, _ in fitted.values() for example in part]
+    long = [example for _, part in fitted.values() for example in part] + held_long
     print(
-        f"{settings.source}: {', '.join(f'{count:,} {name}' for name, count in recognised.items())}; "
         f"{len(kept):,} examples to train on, {len(held_kept):,} held out "
         f"(no question of these is trained on), up to {length} tokens"
     )
-    if long or held_long:
+    if long:
         print(
-            f"{len(long) + len(held_long):,} examples are longer than {length} tokens and left out, such as "
-            f"{(long + held_long)[0].name} (config.data.length and config.data.truncate decide)"
+            f"{len(long):,} examples are longer than {length} tokens and left out, such as "
+            f"{long[0].name} (config.data.length and config.data.truncate decide)"
         )
-    if not kept or not held_kept:
+    for source, (part, _) in fitted.items():
+        if not part or not held_kept:
+            raise ValueError(f"{source}: every example is longer than config.data.length={length} tokens")
+        checks.refuse(format, part, parts[source][0].text is not None)
+        for line in checks.remarks(format, parts[source], tokens[source] if settings.truncate else part, length):
+            print(f"{source}: {line}")
+    rows = [(packing.rows(part, length, settings.pack), weights[source]) for source, (part, _) in fitted.items()]
+    all_rows = [row for part, _ in rows for row in part]
+    print(f"{packing.padding(all_rows, length):.1%} of the places are padding")
+    mixture = f" {list(weights.items())}" if settings.mixture else ""
+    digest = hashlib.sha256(f"{config.seed} {config.batch_size} {length} {settings.pack}{mixture}".encode())
+    for example in kept:
+        digest.update(example.ids.tobytes() + example.learn.tobytes())
+    heldout_rows = packing.rows(held_kept, length)
+    return Data(
+        lambda batch_size, seed: packing.mix(rows, length, _share(batch_size), seed, _shard()),
+        all_rows,
+        packing.most_learned(all_rows + heldout_rows),
+        kept,
+        heldout_rows,
+        _asked(config, format, held, held_kept, context),
+        length,
+        digest.hexdigest()[:16],
+    )
+
+
+def _streamed(config: Config, format: chat.Format, context: int) -> Data:
+    settings = config.data
+    length = settings.length
+    if not length or settings.mixture:
+        what = "takes one source, without config.data.mixture" if settings.mixture else "needs config.data.length"
+        raise ValueError(f"config.data.stream {what}: what is not read yet has no longest example and no rows to mix")
+    examples = sources.Examples(sources.records(settings.source), columns(config))
+    index = stream.index(examples, settings.heldout, config.seed)
+    held = [examples[int(i)] for i in index.heldout]
+    held_kept, _ = fit(held, packing.tokenize(format, held), length, settings.truncate)
+    streamed = stream.Stream(examples, index.training, format, length, settings.truncate)
+    first = [examples[int(i)] for i in index.training[: stream.LOOK]]
+    tokens, long = fit(first, packing.tokenize(format, first), length, settings.truncate)
+    if not tokens or not held_kept:
         raise ValueError(f"{settings.source}: every example is longer than config.data.length={length} tokens")
-    names = {example.name for example in held_kept}
-    asked = [e for e in held if e.name in names and e.messages[-1]["role"] == "assistant"][: config.eval.answers]
-    widest = max((len(chat.prompt(format, example.messages[:-1])) for example in asked), default=0)
+    checks.refuse(format, tokens, index.texts)
+    print(
+        f"{settings.source}: {len(index.training):,} {held[0].format} to train on, read as they are needed, "
+        f"{len(held_kept):,} held out (no question of these is trained on), up to {length} tokens"
+    )
+    if long:
+        print(
+            f"{len(long):,} of the first {len(first):,} examples are longer than {length} tokens; such are left out "
+            "(config.data.length and config.data.truncate decide)"
+        )
+    order = f"{config.seed} {config.batch_size} {length} {settings.pack}"
+    return Data(
+        lambda batch_size, seed: stream.iterate(streamed, _share(batch_size), seed, settings.pack, _shard()),
+        packing.rows(tokens, length),
+        length,
+        tokens,
+        packing.rows(held_kept, length),
+        _asked(config, format, held, held_kept, context),
+        length,
+        hashlib.sha256(f"{order} {index.digest}".encode()).hexdigest()[:16],
+    )
+
+
+def fit(
+    examples: Sequence[sources.Example], tokens: list[packing.Tokens], length: int, truncate: bool
+) -> tuple[list[packing.Tokens], list[packing.Tokens]]:
+    """`packing.fit` for chats; texts are cut into pieces, so that none is too long."""
+    if examples and examples[0].text is not None:
+        return list(packing.pieces(tokens, length)), []
+    return packing.fit(tokens, length, truncate)
+
+
+def _asked(
+    config: Config,
+    format: chat.Format,
+    held: list[sources.Example],
+    kept: list[packing.Tokens],
+    context: int,
+) -> list[sources.Example]:
+    """The held-out examples with an answer, as many as are to be answered."""
+    names = {example.name for example in kept}
+    answered = (e for e in held if e.name in names and e.messages and e.messages[-1]["role"] == "assistant")
+    asked = [example for example in answered if example.answer is not None][: config.eval.answers]
+    widest = max((len(chat.prompt(format, e.messages[:-1], e.tools)) for e in asked), default=0)
     if asked and widest + config.eval.max_new > context:
         raise ValueError(
             f"a question of {widest} tokens and config.eval.max_new={config.eval.max_new} are more than the "
             f"{context} positions that the model knows"
         )
-    digest = hashlib.sha256(f"{config.seed} {config.batch_size} {length} {settings.pack}".encode())
-    for example in kept:
-        digest.update(example.ids.tobytes() + example.learn.tobytes())
-    return Data(
-        packing.rows(kept, length, settings.pack),
-        packing.rows(held_kept, length),
-        asked,
-        length,
-        digest.hexdigest()[:16],
-    )
+    return asked
+
+
+def _share(batch_size: int) -> int:
+    if batch_size % jax.process_count():
+        raise ValueError(f"config.batch_size={batch_size} does not divide among {jax.process_count()} hosts")
+    return batch_size // jax.process_count()
+
+
+def _shard() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()

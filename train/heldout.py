@@ -69,7 +69,7 @@ def answers(
     Returns:
       One answer for each example.
     """
-    prompts = [chat.prompt(format, example.messages[:-1]) for example in examples]
+    prompts = [chat.prompt(format, example.messages[:-1], example.tools) for example in examples]
     width = max((len(prompt) for prompt in prompts), default=0)
     said = []
     for start in range(0, len(prompts), batch_size):

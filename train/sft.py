@@ -55,7 +55,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     nll = functools.partial(
         objective.negative_log_likelihood,
         shape=model.config,
-        learned=packing.most_learned(data.rows + data.heldout_rows),
+        learned=data.learned,
         remat=config.remat,
         chunk=config.loss_chunk,
         packed=config.data.pack,
@@ -86,7 +86,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     speak = methods.applied(decoder.forward_with_cache)
 
     # Everything is checked; from here on the run writes.
-    batches = packing.iterate(data.rows, data.length, config.batch_size, config.seed)
+    batches = data.batches(config.batch_size, config.seed)
     checkpoints = checkpoint.Checkpoints(
         folder / "checkpoints",
         identity,
