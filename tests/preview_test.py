@@ -1,0 +1,128 @@
+"""The preview: what is shown is what a batch holds; and what `train/sft.py` would refuse, it refuses."""
+
+import io
+
+import numpy as np
+import pytest
+import rich.console
+import template_test
+import tiny
+
+from lora_jax.data import packing
+from train import config as settings
+from train import examples, launch, preview
+
+FORMAT = template_test.tiny_format(tiny.CHATML)
+LINES = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(6) for b in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("model"))
+
+
+def configured(model, tmp_path, lines=LINES, **changes):
+    config = settings.sft()
+    config.model = str(model)
+    config.data.source = str(tiny.write_jsonl(tmp_path / "data.jsonl", lines))
+    config.data.heldout = 4
+    config.batch_size = 2
+    for name, value in changes.items():
+        config.data[name] = value
+    return config
+
+
+def shown(config, folder):
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    preview.preview(config, folder, 2, console)
+    return console.file.getvalue()
+
+
+def test_every_token_has_the_colour_of_what_happens_to_it():
+    chats = [
+        examples.sources.Example("x", [{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+        for q, a in (("one", "🙂 two"), ("the", "sum"))
+    ]
+    tokens, _ = packing.fit(packing.tokenize(FORMAT, chats), 64)
+    batch = packing.batch([tokens], 64)
+    text = preview.coloured(FORMAT, {name: values[0] for name, values in batch.items()})
+
+    def styled(style):
+        return [text.plain[span.start : span.end] for span in text.spans if span.style == style]
+
+    assert styled(preview.LEARNED) == ["🙂 two<|im_end|>", "sum<|im_end|>"]
+    assert styled(preview.GIVEN) == [
+        "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    left = 64 - sum(e.inputs for e in tokens)
+    assert styled(preview.END) == [" ┃ ", f" ┃ {left} places of padding"]
+
+
+def test_a_preview(model, tmp_path, capsys):
+    folder = tmp_path / "run"
+    said = shown(configured(model, tmp_path, pack=True, length=60), folder)
+    assert "32 examples to train on, 4 held out" in capsys.readouterr().out
+    assert "row 2 of the first batch" in said and "┃" in said and "assistant" in said
+    numbers = dict(line.strip().rsplit("  ", 1) for line in said.splitlines() if "  " in line.strip())
+    assert {name.strip(): number for name, number in numbers.items()}["examples"] == "32"
+    assert [path.name for path in folder.iterdir()] == [preview.PICTURE]
+    assert (folder / preview.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_draws_other_lengths_otherwise(tmp_path):
+    for name, lengths in (("a", [3, 4]), ("b", [3, 4]), ("c", [9, 4])):
+        preview.histogram(lengths, [1, 1], 10, tmp_path / f"{name}.png")
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([*LINES, {"messages": [{"role": "user", "content": "one"}]}], "data.jsonl:37: nothing to learn from"),
+        ([{"prompt": str(i), "completion": ""} for i in range(9)], "has an empty answer"),
+        ([{"messages": [{"role": "user", "content": 1}]}], "data.jsonl:1: message 1 has no text 'content'"),
+        ([], "no examples"),
+        (LINES[:1], "1 different questions are too few to hold out 4"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(model, tmp_path, lines, message):
+    with pytest.raises(launch.MISTAKES, match=message):
+        shown(configured(model, tmp_path, lines), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_run_folder(model, tmp_path):
+    (tmp_path / "run").write_text("a file is in the way")
+    with pytest.raises(OSError, match=r"lengths.png: cannot be written \(.*\); config.run says where"):
+        shown(configured(model, tmp_path), tmp_path / "run")
+
+
+def test_streamed_and_mixed_data(model, tmp_path, capsys):
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", [{"prompt": f"not {i}", "completion": "no"} for i in range(9)])
+    data = {
+        "plain": {},
+        "streamed": {"stream": True, "length": 60},
+        "mixed": {"mixture": ((str(other), 1.0),)},
+        "texts": {"length": 20},
+    }
+    prepared = {}
+    for name, changes in data.items():
+        lines = [{"text": f"one and two is {i} " * 9} for i in range(9)] if name == "texts" else LINES
+        (tmp_path / name).mkdir()
+        config = configured(model, tmp_path / name, lines, **changes)
+        prepared[name] = examples.prepare(config, FORMAT, 128)
+    said = capsys.readouterr().out
+    assert "36 prompts and completions" in said and "32 prompts and completions to train on, read as" in said
+    assert "9 texts" in said and "% of the places are padding" in said
+    assert len({data.digest for data in prepared.values()}) == 4
+    names = {e.name.rpartition("/")[2].partition(":")[0] for e in prepared["mixed"].tokens}
+    assert names == {"data.jsonl", "other.jsonl"}
+    assert len(prepared["texts"].tokens) > 9 and prepared["texts"].asked == []
+    for data in prepared.values():
+        batches = data.batches(4, 0)
+        assert all(np.shape(next(batches)["tokens"]) == (4, data.length) for _ in range(3))
+        assert data.sample["weights"].sum() <= data.learned
+    with pytest.raises(ValueError, match=r"config.data.stream needs config.data.length"):
+        examples.prepare(configured(model, tmp_path, stream=True), FORMAT, 128)
