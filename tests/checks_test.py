@@ -6,7 +6,7 @@ import template_test
 import tiny
 
 from lora_jax.data import checks, packing
-from lora_jax.data.formats import Example
+from lora_jax.data.kinds import Example
 
 USER, SAID = {"role": "user", "content": "what is one"}, {"role": "assistant", "content": "the sum"}
 GOOD = template_test.tiny_format(tiny.CHATML)

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.data import formats
 from lora_jax.data.files import Record
-from lora_jax.data.formats import Example, Feedback, Pair, Task
+from lora_jax.data.kinds import Example, Feedback, Pair, Task
 
 USER, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM, WORSE = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from lora_jax.data import sources
-from lora_jax.data.formats import Task
+from lora_jax.data.kinds import Task
 
 DATA = Path(os.environ.get("LORA_JAX_DATA", "../shared/data"))
 

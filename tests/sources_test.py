@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from lora_jax.data import formats, sources
+from lora_jax.data import kinds, sources
 
 SUMS = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2&size=400"
 
@@ -129,7 +129,7 @@ def test_no_turn_of_a_heldout_chat_is_trained_on():
 
 
 def test_pairs_and_tasks_are_split_by_their_prompt():
-    pairs = [formats.Pair(str(i), [{"role": "user", "content": str(i // 2)}], [], []) for i in range(8)]
+    pairs = [kinds.Pair(str(i), [{"role": "user", "content": str(i // 2)}], [], []) for i in range(8)]
     train, heldout = sources.split(pairs, 2, seed=0)
     assert len(train) == 4 and len(heldout) == 2
     assert not {pair.question for pair in train} & {pair.question for pair in heldout}
@@ -156,7 +156,7 @@ def test_texts_do_not_mix_with_chats(tmp_path):
 def test_a_task_keeps_what_its_own_check_needs():
     import reasoning_gym
 
-    task = sources.load(SUMS.replace("size=400", "size=2"), kind=formats.Task)[1]
+    task = sources.load(SUMS.replace("size=400", "size=2"), kind=kinds.Task)[1]
     check = reasoning_gym.get_score_answer_fn("chain_sum")
     assert check(task.answer, task.values["entry"]) == 1.0
     assert check("none", task.values["entry"]) < 0.1

@@ -7,6 +7,7 @@ another content in that turn: what stays the same is what surrounds it.
 """
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -79,11 +80,12 @@ def render(format: Format, messages: Sequence[Message], tools: Sequence[Any] = (
     encoding = format.tokenizer.encode(text, add_special_tokens=False)
     ids = np.array(encoding.ids, np.int32)
     # A token that begins before the turn cannot be what the model says after the prompt: it is not learned.
-    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+    starts, ends = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
+    stop = np.logical_or.reduce([ids == i for i in format.special.stop], initial=False)
     learn = np.zeros(len(ids), bool)
     for begin, end in spans:
         inside = (starts >= begin) & (starts < end)
-        stops = np.flatnonzero(inside & np.isin(ids, format.special.stop))
+        stops = np.flatnonzero(inside & stop)
         if stops.size and marked is None:  # what the template writes after the end of a turn is not said by the model
             last = stops.size - 1
             while last and not text[ends[stops[last - 1]] : starts[stops[last]]].strip():  # nor is a second end
@@ -142,7 +144,7 @@ class _Writer:
     def turn(self, messages: Sequence[Message], text: str, i: int) -> tuple[int, int]:
         """Where in the text the assistant's turn, message i, begins and ends."""
         before = self.text(messages[:i], add_generation_prompt=True)
-        after = self.text(messages[: i + 1])
+        after = self.text(messages[: i + 1]) if i + 1 < len(messages) else text
         if after.startswith(before) and text.startswith(after):
             return len(before), len(after)
         found = self._said(messages, text, i)

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from lora_jax.data import files, formats
 from lora_jax.data.files import Record
-from lora_jax.data.formats import Example
+from lora_jax.data.kinds import Example, Kind
 from lora_jax.tree import nearest
 
-E = TypeVar("E", bound=formats.Kind)
+E = TypeVar("E", bound=Kind)
 
 
 def load(
@@ -156,7 +156,7 @@ def split(examples: Sequence[E], heldout: int, seed: int) -> tuple[list[E], list
     return without(examples, unique[:heldout]), unique[:heldout]
 
 
-def without(examples: Iterable[E], heldout: Iterable[formats.Kind]) -> list[E]:
+def without(examples: Iterable[E], heldout: Iterable[Kind]) -> list[E]:
     """The examples that ask nothing that a held-out one asks, at the end or on the way."""
     questions = {question for example in heldout for question in example.questions}
     return [example for example in examples if not example.questions & questions]
