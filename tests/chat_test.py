@@ -197,3 +197,10 @@ def test_answer_ends_with_the_turn():
     ids = [*format.tokenizer.encode(" the sum").ids, format.special.eos, *format.tokenizer.encode("one").ids]
     assert chat.answer(format, ids) == "the sum"
     assert chat.answer(format, ids[:1]) != "the sum"
+
+
+def test_half_a_character_is_an_error():
+    format = tiny_format(bare(CHATML))
+    with pytest.raises(ValueError, match=r"'.ud83d' in it is half a character"):
+        chat.render(format, [{"role": "user", "content": "\ud83d"}, *messages("one")[1:]])
+    assert chat.render(format, [{"role": "user", "content": "\U0001f642"}, *messages("one")[1:]])[1].any()

@@ -1,5 +1,6 @@
 """Data sets that other libraries hold: GSM8K's real builder in tensorflow-datasets, and Hugging Face's library."""
 
+import csv
 import os
 import sys
 import types
@@ -44,6 +45,19 @@ def test_gsm8k_through_tensorflow_datasets_without_tensorflow(gsm8k):
     few = sources.load(f"tfds:gsm8k?split=train[:50]&data_dir={gsm8k}", {"prompt": "question"}, Task)
     assert len(few) == 50 and not {e.question for e in few} & {e.question for e in lines}
     assert few[0].values["short_answer"] in few[0].answer
+
+
+def test_a_real_table_is_what_the_csv_module_reads():
+    """E2E NLG: quotes, commas and pound signs."""
+    path = DATA / "e2e_nlg" / "devset.csv"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; LORA_JAX_DATA says where")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    examples = sources.load(str(path), {"prompt": "mr", "completion": "ref"})
+    assert [e.messages[0]["content"] for e in examples] == [row["mr"] for row in rows]
+    assert [e.answer for e in examples] == [row["ref"] for row in rows]
+    assert len(examples) == 4672 and any("£" in e.answer for e in examples)
 
 
 def test_a_data_set_that_is_not_there(gsm8k):

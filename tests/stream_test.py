@@ -8,6 +8,8 @@ import template_test
 import tiny
 
 from lora_jax.data import packing, sources, stream
+from train import config as settings
+from train import loop, sft
 
 FORMAT = template_test.tiny_format(tiny.CHATML)
 
@@ -117,6 +119,9 @@ def test_nothing_held_out_is_trained_on(tmp_path):
     assert not any(example.questions & exercises for example in training)
     rest = [e for e in map(some.__getitem__, range(len(some))) if not e.questions & exercises]
     assert [e.name for e in rest] == [e.name for e in training] and 0 < len(rest) < 75
+    elsewhere = stream.index(some, 0, 0, held)
+    assert elsewhere.heldout.size == 0 and elsewhere.training.tolist() == found.training.tolist()
+    assert len(stream.index(some, 0, 0).training) == len(some)
     assert found.heldout.tolist() != stream.index(some, 5, seed=1).heldout.tolist()
     assert found.digest == stream.index(some, 5, seed=0).digest != stream.index(sums(tmp_path), 5, seed=0).digest
     with pytest.raises(ValueError, match="40 different questions are too few to hold out 40"):
@@ -127,3 +132,23 @@ def test_a_broken_record_is_found_before_training(tmp_path):
     some = examples(tmp_path, [{"prompt": "a", "completion": "b"}] * 5 + [{"prompt": "a"}])
     with pytest.raises(ValueError, match=r"x.jsonl:6: no text 'completion'"):
         stream.index(some, 1, seed=0)
+
+
+@pytest.mark.slow
+def test_a_streamed_run_that_stopped_goes_on_with_the_next_example(tmp_path, quick):
+    model = tiny.write(tmp_path / "model")
+
+    def run(folder, *stops, seed=0):
+        config = settings.sft()
+        config.model, config.seed = str(model), seed
+        config.data.source, config.data.heldout = str(sums(tmp_path).records.path), 4
+        config.data.stream, config.data.pack, config.data.length = True, True, 64
+        config.batch_size, config.lora.rank, config.eval.answers = 2, 4, 0
+        config.optim.schedule, config.checkpoint.every = "constant", 2
+        for config.steps in stops:
+            sft.train(config, folder, "streamed")
+        return [line["loss"] for line in loop.read(folder / "metrics.jsonl") if "loss" in line]
+
+    through = run(tmp_path / "through", 8)
+    assert run(tmp_path / "stopped", 4, 8) == through
+    assert run(tmp_path / "other", 8, seed=1) != through

@@ -124,8 +124,12 @@ def _streamed(config: Config, format: chat.Format, context: int) -> Data:
         what = "takes one source, without config.data.mixture" if settings.mixture else "needs config.data.length"
         raise ValueError(f"config.data.stream {what}: what is not read yet has no longest example and no rows to mix")
     examples = sources.Examples(sources.records(settings.source), columns(config))
-    index = stream.index(examples, settings.heldout, config.seed)
-    held = [examples[int(i)] for i in index.heldout]
+    if settings.heldout_source:
+        held = sources.load(settings.heldout_source, columns(config))[: settings.heldout]
+        index = stream.index(examples, 0, config.seed, held)
+    else:
+        index = stream.index(examples, settings.heldout, config.seed)
+        held = [examples[int(i)] for i in index.heldout]
     held_kept, _ = fit(held, packing.tokenize(format, held), length, settings.truncate)
     streamed = stream.Stream(examples, index.training, format, length, settings.truncate)
     first = [examples[int(i)] for i in index.training[: stream.LOOK]]

@@ -77,7 +77,7 @@ def render(format: Format, messages: Sequence[Message], tools: Sequence[Any] = (
     if spans is None:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         spans = [writer.turn(messages, text, i) for i in turns]
-    encoding = format.tokenizer.encode(text, add_special_tokens=False)
+    encoding = _encode(format, text, add_special_tokens=False)
     ids = np.array(encoding.ids, np.int32)
     # A token that begins before the turn cannot be what the model says after the prompt: it is not learned.
     starts, ends = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
@@ -114,7 +114,7 @@ def prompt(format: Format, messages: Sequence[Message], tools: Sequence[Any] = (
     if format.template is None:
         return _prompt_ids(format, "".join(message["content"] for message in messages))
     text = _Writer(format, format.template, tools).text(messages, add_generation_prompt=True)
-    return np.array(format.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    return np.array(_encode(format, text, add_special_tokens=False).ids, np.int32)
 
 
 def answer(format: Format, ids: Sequence[int]) -> str:
@@ -198,11 +198,19 @@ def _concatenated(format: Format, messages: Sequence[Message]) -> tuple[np.ndarr
     if format.special.eos is None:
         raise ValueError("the model has neither a chat template nor an end token: nothing can end a completion")
     before = _prompt_ids(format, messages[0]["content"])
-    said = format.tokenizer.encode(messages[1]["content"], add_special_tokens=False).ids
+    said = _encode(format, messages[1]["content"], add_special_tokens=False).ids
     ids = np.array([*before, *said, format.special.eos], np.int32)
     return ids, np.arange(len(ids)) >= len(before)
 
 
 def _prompt_ids(format: Format, text: str) -> np.ndarray:
-    ids = format.tokenizer.encode(text).ids  # with the beginning token, if the tokenizer writes one
+    ids = _encode(format, text).ids  # with the beginning token, if the tokenizer writes one
     return np.array(ids[:-1] if ids and ids[-1] == format.special.eos else ids, np.int32)
+
+
+def _encode(format: Format, text: str, **options: bool) -> tokenizers.Encoding:
+    try:
+        return format.tokenizer.encode(text, **options)
+    except TypeError:
+        odd = next((c for c in text if "\ud800" <= c <= "\udfff"), "")
+        raise ValueError(f"{odd!a} in it is half a character (a surrogate without its other half)") from None

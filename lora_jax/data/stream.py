@@ -8,13 +8,13 @@ Shapes: B rows, T inputs in a row.
 
 import array
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from lora_jax.data import chat, packing, sources
+from lora_jax.data import chat, kinds, packing, sources
 
 LOOK = 1000  # examples that are looked at before training
 BINS = 64  # rows that are filled at once when examples are packed
@@ -36,13 +36,20 @@ class Index(NamedTuple):
     digest: str
 
 
-def index(examples: sources.Examples, heldout: int, seed: int, log: Callable[[str], None] = print) -> Index:
+def index(
+    examples: sources.Examples,
+    heldout: int,
+    seed: int,
+    elsewhere: Sequence[kinds.Kind] = (),
+    log: Callable[[str], None] = print,
+) -> Index:
     """Reads every example once and draws those to hold out; no training example has an exercise of these in it.
 
     Args:
       examples: of a source.
       heldout: how many to hold out, all with different questions.
       seed: of the draw.
+      elsewhere: examples of another source that are held out too.
       log: told what is left out.
 
     Returns:
@@ -68,7 +75,8 @@ def index(examples: sources.Examples, heldout: int, seed: int, log: Callable[[st
     held = np.zeros(len(places), bool)
     held[drawn[:heldout]] = True
     same = np.zeros(len(places), bool)
-    same[owner[np.isin(exercise, exercise[held[owner]])]] = True
+    others = np.array([_hash(seed, question) for e in elsewhere for question in e.questions], np.uint64)
+    same[owner[np.isin(exercise, np.concatenate([exercise[held[owner]], others]))]] = True
     place = np.array(places, np.int64)
     return Index(place[~same], place[held], texts, content.hexdigest()[:16])
 
