@@ -1,6 +1,7 @@
 """The preview: what is shown is what a batch holds; and what `train/sft.py` would refuse, it refuses."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import template_test
 import tiny
 
 from lora_jax.data import packing
+from lora_jax.interop import hf
 from train import config as settings
 from train import examples, launch, preview
 
@@ -68,6 +70,17 @@ def test_a_preview(model, tmp_path, capsys):
     assert {name.strip(): number for name, number in numbers.items()}["examples"] == "32"
     assert [path.name for path in folder.iterdir()] == [preview.PICTURE]
     assert (folder / preview.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_preview_needs_no_weights(model, tmp_path):
+    config = configured(model, tmp_path)
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        hf.load(bare)
+    expected = shown(config, tmp_path / "run")
+    config.model = str(bare)
+    assert shown(config, tmp_path / "run") == expected
 
 
 def test_a_picture_draws_other_lengths_otherwise(tmp_path):

@@ -50,7 +50,7 @@ def preview(config: settings.Config, folder: Path, rows: int, console: rich.cons
       ValueError, OSError: what `train/sft.py` would raise before its first step.
     """
     settings.check(config)
-    model = hf.load(config.model)
+    model = hf.load(config.model, weights=False)
     format = chat.Format(model.tokenizer, model.chat_template, model.special, datetime.datetime.now())
     data = examples.prepare(config, format, model.config.context)
     batch = next(data.batches(config.batch_size, config.seed))

@@ -59,6 +59,18 @@ class File:
             ) from None
 
 
+def decoder_config(file: File) -> configs.DecoderConfig:
+    """The shape of the model in a GGUF file.
+
+    Raises:
+      ValueError: an unsupported model.
+    """
+    factors = None
+    if "rope_freqs.weight" in file:
+        factors = tuple(float(f) for f in file.tensor("rope_freqs.weight"))
+    return configs.from_gguf(file.metadata, "output.weight" not in file, factors, str(file.path))
+
+
 def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[configs.DecoderConfig, dict[str, Any]]:
     """The config and the parameters of a GGUF file.
 
@@ -73,10 +85,7 @@ def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[c
     Raises:
       ValueError: an unsupported model, a tensor that is missing or has the wrong shape.
     """
-    factors = None
-    if "rope_freqs.weight" in file:
-        factors = tuple(float(f) for f in file.tensor("rope_freqs.weight"))
-    config = configs.from_gguf(file.metadata, "output.weight" not in file, factors, str(file.path))
+    config = decoder_config(file)
     interleaved = keys.FAMILIES[config.family].gguf_interleaved
 
     def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:

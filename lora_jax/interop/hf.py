@@ -37,7 +37,9 @@ class Checkpoint:
     special: Special
 
 
-def load(path: str | Path, dtype: jnp.dtype = jnp.float32, quantize: Rules | None = None) -> Checkpoint:
+def load(
+    path: str | Path, dtype: jnp.dtype = jnp.float32, quantize: Rules | None = None, weights: bool = True
+) -> Checkpoint:
     """Loads a model, reading its weights tensor by tensor.
 
     Args:
@@ -46,6 +48,7 @@ def load(path: str | Path, dtype: jnp.dtype = jnp.float32, quantize: Rules | Non
       dtype: of the parameters, or of those that quantised ones stand for.
       quantize: which parameters to quantise as they are read, such as `{"all-linear": "nf4"}`; patterns and formats
         as for `lora_jax.quantize.choose`.
+      weights: read them; without, the parameters are None, and only what a text needs is read.
 
     Returns:
       The checkpoint, its parameters a nested dict of arrays or `Quantised` weights, the layers stacked [L, ...].
@@ -57,9 +60,9 @@ def load(path: str | Path, dtype: jnp.dtype = jnp.float32, quantize: Rules | Non
     """
     path = packaged() if str(path) == "smollm2" else Path(path)
     if path.is_dir():
-        loaded = _from_folder(path, dtype, quantize)
+        loaded = _from_folder(path, dtype, quantize, weights)
     elif path.is_file() and path.suffix == ".gguf":
-        loaded = _from_gguf(path, dtype, quantize)
+        loaded = _from_gguf(path, dtype, quantize, weights)
     else:
         raise FileNotFoundError(
             f"{path}: no such folder or GGUF file; give a folder with config.json and safetensors, a .gguf file, "
@@ -88,10 +91,10 @@ def packaged() -> Path:
     return Path(spec.origin).parent / SMOLLM2
 
 
-def _from_gguf(path: Path, dtype: jnp.dtype, quantize: Rules | None) -> Checkpoint:
+def _from_gguf(path: Path, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
     file = gguf.File(path)
     tokenizer = gguf.tokenizer(file)
-    config, params = gguf.load(file, dtype, quantize)
+    config, params = gguf.load(file, dtype, quantize) if weights else (gguf.decoder_config(file), None)
     meta = file.metadata
     eos = meta.get("tokenizer.ggml.eos_token_id")
     end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
@@ -105,11 +108,13 @@ def _from_gguf(path: Path, dtype: jnp.dtype, quantize: Rules | None) -> Checkpoi
     return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special)
 
 
-def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None) -> Checkpoint:
+def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
     tokenizer = _tokenizer(folder / "tokenizer.json")
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
-    config, params = safetensors.load(folder, dtype, quantize)
+    config, params = (
+        safetensors.load(folder, dtype, quantize) if weights else (safetensors.decoder_config(folder), None)
+    )
 
     def token_id(role: str) -> int | None:
         token = settings.get(f"{role}_token")

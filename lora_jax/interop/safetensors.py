@@ -17,6 +17,16 @@ from lora_jax.quantize import Rules
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def decoder_config(folder: Path) -> configs.DecoderConfig:
+    """The shape of the model in a folder.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is corrupt, or the model is not supported.
+    """
+    return configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
 def load(
     folder: str | Path, dtype: jnp.dtype, quantize: Rules | None = None
 ) -> tuple[configs.DecoderConfig, dict[str, Any]]:
@@ -35,7 +45,7 @@ def load(
       ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape.
     """
     folder = Path(folder)
-    config = configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = decoder_config(folder)
     files = Files(folder)
 
     def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:
