@@ -85,6 +85,19 @@ def test_arguments_reach_hugging_faces_library(monkeypatch):
     assert example.answer == "b" and example.name == "hf:some/set[0]"
 
 
+def test_rows_that_cannot_be_read(monkeypatch):
+    held = {"rows": [{"text": b"\xff"}]}
+    library = types.SimpleNamespace(load_dataset=lambda path, **arguments: held["rows"])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(ValueError, match=r"hf:x\[0\]: holds bytes that are no UTF-8 text"):
+        sources.load("hf:x")
+    for held["rows"] in (iter([{"text": "a"}]), {"train": [{"text": "a"}]}):
+        with pytest.raises(ValueError, match="hf:x: has no numbered rows; name one split, and leave streaming out"):
+            sources.load("hf:x")
+    held["rows"] = [{"text": b"a"}]
+    assert sources.load("hf:x")[0].text == "a"
+
+
 def test_hugging_faces_library(tmp_path):
     pytest.importorskip("datasets")
     values = [

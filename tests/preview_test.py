@@ -3,7 +3,6 @@
 import io
 import shutil
 
-import numpy as np
 import pytest
 import rich.console
 import template_test
@@ -110,32 +109,3 @@ def test_an_unwritable_run_folder(model, tmp_path):
     (tmp_path / "run").write_text("a file is in the way")
     with pytest.raises(OSError, match=r"lengths.png: cannot be written \(.*\); config.run says where"):
         shown(configured(model, tmp_path), tmp_path / "run")
-
-
-def test_streamed_and_mixed_data(model, tmp_path, capsys):
-    other = tiny.write_jsonl(tmp_path / "other.jsonl", [{"prompt": f"not {i}", "completion": "no"} for i in range(9)])
-    data = {
-        "plain": {},
-        "streamed": {"stream": True, "length": 60},
-        "mixed": {"mixture": ((str(other), 1.0),)},
-        "texts": {"length": 20},
-    }
-    prepared = {}
-    for name, changes in data.items():
-        lines = [{"text": f"one and two is {i} " * 9} for i in range(9)] if name == "texts" else LINES
-        (tmp_path / name).mkdir()
-        config = configured(model, tmp_path / name, lines, **changes)
-        prepared[name] = examples.prepare(config, FORMAT, 128)
-    said = capsys.readouterr().out
-    assert "36 prompts and completions" in said and "32 prompts and completions to train on, read as" in said
-    assert "9 texts" in said and "% of the places are padding" in said
-    assert len({data.digest for data in prepared.values()}) == 4
-    names = {e.name.rpartition("/")[2].partition(":")[0] for e in prepared["mixed"].tokens}
-    assert names == {"data.jsonl", "other.jsonl"}
-    assert len(prepared["texts"].tokens) > 9 and prepared["texts"].asked == []
-    for data in prepared.values():
-        batches = data.batches(4, 0)
-        assert all(np.shape(next(batches)["tokens"]) == (4, data.length) for _ in range(3))
-        assert data.sample["weights"].sum() <= data.learned
-    with pytest.raises(ValueError, match=r"config.data.stream needs config.data.length"):
-        examples.prepare(configured(model, tmp_path, stream=True), FORMAT, 128)

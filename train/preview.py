@@ -18,14 +18,12 @@ import rich.console
 import rich.table
 import rich.text
 from absl import flags
-from ml_collections import config_flags
 
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
 from train import config as settings
-from train import examples, launch
+from train import examples, launch, sft
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
 ROWS = flags.DEFINE_integer("rows", 3, "rows to show", lower_bound=0)
 PICTURE = "lengths.png"
 LEARNED, GIVEN, END = "bold green", "dim", "bold red"
@@ -33,7 +31,7 @@ LEARNED, GIVEN, END = "bold green", "dim", "bold red"
 
 def main(_: list[str]) -> None:
     """Reads the command line and shows."""
-    config, name = launch.settings(CONFIG)
+    config, name = launch.settings(sft.CONFIG)  # the very flag that training takes
     preview(config, Path(config.run or f"runs/{name}"), ROWS.value, rich.console.Console())
 
 

@@ -72,7 +72,7 @@ def remarks(
             e.name for e in tokens if chats and np.isin(e.ids[1:][e.learn[1:]], stop).all()
         ],
         f"are cut at {length} tokens, before the end of their answer": [
-            e.name for e in tokens if chats and e.inputs > length
+            e.name for e in tokens if chats and np.flatnonzero(e.learn)[-1] > length
         ],
         "are trained on with another beginning than they will be asked with (the template writes it otherwise when an "
         "answer follows)": [e.name for e in chats[:ASKED] if not _asked_alike(format, e)],

@@ -132,7 +132,7 @@ class Lines(Pieces):
     """A JSON object a line; empty lines are passed over."""
 
     def __init__(self, path: Path):
-        super().__init__(path, (line for line, blank in _lines(path) if not blank))
+        super().__init__(path, (place for place, line in _lines(path) if line.strip()))
 
     def parse(self, name: str, text: str) -> dict[str, Any]:
         """The object in a line."""
@@ -149,9 +149,9 @@ class Paragraphs(Pieces):
     """Plain text: what stands between empty lines is the column `text` of a record."""
 
     def __init__(self, path: Path):
-        groups = itertools.groupby(_lines(path), key=lambda line: line[1])
-        paragraphs = ([line for line, _ in group] for blank, group in groups if not blank)
-        super().__init__(path, ((lines[0][0], lines[0][1], lines[-1][2]) for lines in paragraphs))
+        groups = itertools.groupby(_lines(path), key=lambda line: bool(line[1].strip()))
+        paragraphs = ([place for place, _ in group] for full, group in groups if full)
+        super().__init__(path, ((places[0][0], places[0][1], places[-1][2]) for places in paragraphs))
 
     def parse(self, name: str, text: str) -> dict[str, Any]:
         """The paragraph."""
@@ -240,14 +240,15 @@ def _json(path: Path) -> Records:
     return Lines(path) if lines else Whole(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[tuple[int, int, int], bool]]:
-    """The place of every line, and whether there is nothing in it. A byte order mark is no part of a line."""
+def _lines(path: Path) -> Iterator[tuple[tuple[int, int, int], bytes]]:
+    """Every line and its place. A byte order mark is no part of a line."""
     with path.open("rb") as file:
         begin = 0
         for number, line in enumerate(file, 1):
-            mark = len(BOM) if number == 1 and line.startswith(BOM) else 0
-            yield (number, begin + mark, begin + len(line)), not line[mark:].strip()
-            begin += len(line)
+            end = begin + len(line)
+            line = line.removeprefix(BOM) if number == 1 else line
+            yield (number, end - len(line), end), line
+            begin = end
 
 
 def _rows(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -258,11 +259,9 @@ def _rows(path: Path) -> Iterator[tuple[int, int, int]]:
     places: list[tuple[int, int, int]] = []
 
     def lines() -> Iterator[str]:
-        with path.open("rb") as file:
-            for place, _ in _lines(path):
-                places.append(place)
-                file.seek(place[1])
-                yield file.read(place[2] - place[1]).decode("latin-1")
+        for place, line in _lines(path):
+            places.append(place)
+            yield line.decode("latin-1")
 
     try:
         for row in csv.reader(lines(), strict=True):

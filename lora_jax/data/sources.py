@@ -180,6 +180,8 @@ def _hf(source: str, name: str, parameters: dict[str, Any]) -> Sequence[Record]:
         rows = datasets.load_dataset(name, **{"split": "train", **parameters})
     except Exception as error:  # whatever happens while it downloads
         raise ValueError(f"{source}: datasets cannot read it: {_first_line(error)}") from None
+    if isinstance(rows, dict) or not hasattr(rows, "__len__"):
+        raise ValueError(f"{source}: has no numbered rows; name one split, and leave streaming out")
     return Rows(f"hf:{name}", rows)
 
 
@@ -219,7 +221,11 @@ class Rows(files.Records):
 
     def read(self, i: int) -> Record:
         """Row i, with plain Python values."""
-        return Record(f"{self.name}[{i}]", _plain(self.rows[i]))
+        name = f"{self.name}[{i}]"
+        try:
+            return Record(name, _plain(self.rows[i]))
+        except UnicodeDecodeError:
+            raise ValueError(f"{name}: holds bytes that are no UTF-8 text") from None
 
 
 def _plain(value: Any) -> Any:

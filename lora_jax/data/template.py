@@ -92,7 +92,7 @@ def _compiled(template: str) -> tuple[jinja2.Template, bool]:
         node.body.insert(0, jinja2.nodes.Output([_step()]).set_lineno(node.lineno))
         if isinstance(node, jinja2.nodes.For) and node.test:
             node.test = jinja2.nodes.Or(_step(), node.test)
-    marks = any(True for _ in tree.find_all(jinja2.nodes.CallBlock)) and "generation" in template
+    marks = tree.find(jinja2.nodes.ExtensionAttribute) is not None  # only ours is an extension with a function
     tree.set_environment(environment)
     return environment.from_string(tree), marks
 
