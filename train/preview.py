@@ -22,7 +22,7 @@ from absl import flags
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
 from train import config as settings
-from train import examples, launch, sft
+from train import examples, launch, methods, sft
 
 ROWS = flags.DEFINE_integer("rows", 3, "rows to show", lower_bound=0)
 PICTURE = "lengths.png"
@@ -50,7 +50,7 @@ def preview(config: settings.Config, folder: Path, rows: int, console: rich.cons
     settings.check(config)
     model = hf.load(config.model, weights=False)
     format = chat.Format(model.tokenizer, model.chat_template, model.special, datetime.datetime.now())
-    data = examples.prepare(config, format, model.config.context)
+    data = examples.prepare(config, format, methods.room(config, model.config))
     batch = next(data.batches(config.batch_size, config.seed))
     for b in range(min(rows, config.batch_size)):
         console.rule(f"row {b + 1} of the first batch")
