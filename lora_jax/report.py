@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from lora_jax.lift import Attached, Lifting, run
+from lora_jax.optim import trainable_mask
 from lora_jax.spec import METHODS, Rule, Spec, select
 from lora_jax.start import init
 from lora_jax.trace import Sites, table, trace
-from lora_jax.tree import Tree, count, nbytes
+from lora_jax.tree import Tree, count, nbytes, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Report:
             rank = str(rule.rank_at(site)) if "rank" in uses else "-"
             scale = f"{rule.scale_at(site):g}" if "alpha" in uses else "-"
             rows.append((path, str(list(site.shape)), site.kind, rule.method, rank, scale, parameters))
-        trained, size = count(self.adapters), nbytes(self.adapters)
+        trained, size = count(split(self.adapters, trainable_mask(self.adapters))[0]), nbytes(self.adapters)
+        frozen = count(self.adapters) - trained
         lines = [
             table(rows),
-            f"{len(self.rules)} targets, {trained:,} adapter parameters ({size / 1e6:.1f} MB), "
+            f"{len(self.rules)} targets, {trained:,} adapter parameters"
+            f"{f' and {frozen:,} frozen ones' if frozen else ''} ({size / 1e6:.1f} MB), "
             f"{trained / self.base_parameters:.2%} of the base's {self.base_parameters:,} "
             f"({self.base_bytes / 1e6:.1f} MB)",
         ]

@@ -15,19 +15,10 @@ from lora_jax import checkpoint
 from train import config as settings
 from train import launch, loop, sft
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 ROOT = Path(__file__).parent.parent
 GOOD = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(5) for b in range(5)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compilation():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("model"))
 
 
 def configured(model, tmp_path, lines=GOOD, **changes):

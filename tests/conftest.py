@@ -8,14 +8,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+import tiny
 
 
 @pytest.fixture
 def quick():
     """XLA without most of its optimisations: compiling is most of what a small test costs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_module():
+    """The same for whole files, whose fixtures compile as well."""
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny Llama; nobody writes into it."""
+    return tiny.write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

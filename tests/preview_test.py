@@ -17,11 +17,6 @@ FORMAT = template_test.tiny_format(tiny.CHATML)
 LINES = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(6) for b in range(6)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("model"))
-
-
 def configured(model, tmp_path, lines=LINES, **changes):
     config = settings.sft()
     config.model = str(model)

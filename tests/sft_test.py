@@ -19,16 +19,7 @@ from lora_jax.models import decoder
 from train import config as settings
 from train import loop, objective, sft
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compilation():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 def configured(model, tmp_path, **changes):

@@ -3,25 +3,15 @@
 import jax
 import numpy as np
 import pytest
-import tiny
 from sft_test import configured, final
 
 from lora_jax import checkpoint
 from lora_jax.interop import hf
 from train import chat, loop, methods, sft
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 QUICK = ("dora", "prefix")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compilation():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("model"))
 
 
 def settings(model, tmp_path, method, **changes):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.data import formats
 from lora_jax.quant import FORMATS
+from train.methods import METHODS
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
 SCHEDULES = {
@@ -38,6 +39,7 @@ def sft() -> Config:
     config.lora = {  # empty and 0: the method's own
         "target": "",  # a preset ("all-linear", "attention", "mlp") or a regular expression
         "exclude": (),  # regular expressions
+        "also": (),  # regular expressions of leaves that are trained whole: norms, biases, a head
         "rank": 0,  # for "prompt" and "prefix": the number of trained tokens
         "alpha": 32.0,
         "dropout": 0.0,
@@ -77,8 +79,6 @@ def check(config: Config) -> None:
     Raises:
       ValueError: naming the setting.
     """
-    from train.methods import METHODS  # which needs this module
-
     choices = {"dtype": ("", "float32", "bfloat16"), "optim.schedule": tuple(SCHEDULES), "method": tuple(METHODS)}
     choices["quantize"] = ("", *FORMATS)
     for name, allowed in choices.items():

@@ -18,9 +18,9 @@ from lora_jax.interop import hf
 from lora_jax.loftq import loftq
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
-from train.config import Config
 
 Tree = Any
+Config = Any  # of train/config.py, which needs the names below
 OUTPUTS = "o_proj|down_proj"  # Houlsby's places: behind the attention and behind the MLP
 
 
@@ -73,14 +73,14 @@ def spec(config: Config) -> lora.Spec:
     method = METHODS[config.method]
     fields = {**config.lora, **{name: value for name, value in method.rule.items() if not config.lora.get(name)}}
     fields["rank"] = fields["rank"] or method.rank
-    exclude = fields.pop("exclude")
+    exclude, whole = fields.pop("exclude"), [lora.Rule(pattern, method="full") for pattern in fields.pop("also")]
     # A field that is not set is left to the rule, which refuses those that a method has no use for.
     known = {field.name: field.default for field in dataclasses.fields(lora.Rule)}
     fields = {name: value for name, value in fields.items() if value != "" and value != known[name]}
     uses = lora.spec.METHODS[fields.get("method", "lora")].uses
     if not config.lora.rank and "rank" not in uses:
         fields.pop("rank", None)
-    return lora.Spec(lora.Rule(**fields), exclude=exclude)
+    return lora.Spec(*whole, lora.Rule(**fields), exclude=exclude)
 
 
 def load(config: Config, dtype: jnp.dtype) -> hf.Checkpoint:
