@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import io
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -66,7 +65,7 @@ def test_it_says_what_is_generated_and_what_was_trained(model, run, monkeypatch,
     m = hf.load(model)
     base = talk(monkeypatch, capsys, question, model=str(model), max_new=12)
     assert base == generated(m, question, 12)
-    attached = script.trained(run, loop.resolved(run), m, jnp.dtype("float32"))
+    attached = script.trained(run, loop.resolved(run), m)
     merged = dataclasses.replace(m, params=lora.merge(m.params, attached.adapters))
     assert talk(monkeypatch, capsys, question, adapter=str(run), max_new=12) == generated(merged, question, 12) != base
 

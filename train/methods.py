@@ -148,8 +148,15 @@ def runner(config: Config, model: hf.Checkpoint) -> Callable[[Tree, Tree, jax.Ar
 
 def room(config: Config, shape: DecoderConfig) -> int:
     """Positions left for a text: a prompt and a prefix take some."""
+    if config.method not in SOFT:
+        return shape.context
     tokens = config.lora.rank or METHODS[config.method].rank
-    return shape.context - (tokens if config.method in SOFT else 0)
+    if tokens >= shape.context:
+        raise ValueError(
+            f"config.lora.rank={tokens}: that many trained tokens leave no room for a text in the {shape.context} "
+            "positions that the model knows"
+        )
+    return shape.context - tokens
 
 
 def applied(f: Callable) -> Callable:
