@@ -134,12 +134,16 @@ def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
 
 
 def _nf4(codes: jax.Array) -> jax.Array:
-    # Selections by the bits of the code, last bit first: exact, and no gather, which TPUs do slowly.
-    values: list[Any] = list(NF4)
-    for bit in range(4):
+    # Selections by the bits of the code, last bit first: exact, and no gather, which TPUs do slowly. The first are done
+    # on the bits of the table's numbers: as operands of `where` these would be 16 arrays of the weight's shape that do
+    # not depend on the weight, and JAX moves what is the same in every round of a scan out of it, and keeps it.
+    bits, codes = NF4.view(np.int32), codes.astype(jnp.int32)
+    odd = -(codes & 1)
+    values = [int(low) ^ (odd & int(low ^ high)) for low, high in zip(bits[::2], bits[1::2], strict=True)]
+    for bit in range(1, 4):
         odd = (codes >> bit) & 1 == 1
         values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 def _integer(bits: int) -> Callable[[jax.Array], jax.Array]:
