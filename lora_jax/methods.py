@@ -248,6 +248,8 @@ class VeRA:
 class IA3:
     """Activations rescaled by a trained vector: the weight becomes l ∘ W, along its out axes or its in axes.
 
+    A bias that the model adds to the product is not rescaled; PEFT's is, for its IA³ belongs to a layer.
+
     Attributes:
       l: [*stacked, *out] or [*stacked, *in], one at first.
       axes: as for `LoRA`.
