@@ -112,6 +112,9 @@ class Rule:
             raise ValueError(
                 f"method {self.method!r} starts from {', '.join(method.starts)}, not {self.init!r} {about}"
             )
+        if self.share and self.init in DECOMPOSITIONS:
+            both = f"share={self.share!r} and init={self.init!r}, which takes both factors from each matrix"
+            raise ValueError(f"{both}, do not go together {about}")
         if (self.method == "rows") != bool(self.rows):
             raise ValueError(f"method 'rows' and the rows that it trains are given together {about}")
         if len(set(self.rows)) < len(self.rows) or min(self.rows, default=0) < 0:
@@ -224,6 +227,8 @@ def _check_rank(site: Site, rule: Rule) -> None:
         )
     if rule.rows and max(rule.rows) >= d_in:
         raise ValueError(f"{site.path!r} has {d_in} rows: there is no row {max(rule.rows)} to train")
+    if site.kind == "embedding" and rule.init in DECOMPOSITIONS:
+        raise ValueError(f"init={rule.init!r} is for products, and {site.path!r} is an embedding: exclude it")
     if rule.share and not site.main.experts:
         raise ValueError(f"share={rule.share!r} is for experts, and {site.path!r} has none")
 

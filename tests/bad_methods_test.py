@@ -105,6 +105,7 @@ def test_fields_of_a_rule(fields, message):
         (Rule("steps", rank=2), "matches only 'steps' and the like: it holds int32, which cannot be trained"),
         (Rule("steps", method="full"), "it holds int32, which cannot be trained"),
         (Rule("up", rank=7), "rank 7 is larger than the matrix 6 x 8 of 'up': choose at most 6"),
+        (Rule("embed", rank=2, init="pissa"), "init='pissa' is for products, and 'embed' is an embedding: exclude it"),
         (Rule("up", rank=2, share="a"), "share='a' is for experts, and 'up' has none"),
     ],
 )
