@@ -1,6 +1,5 @@
 """What a method cannot do: one clear line each, and nothing silent."""
 
-import dataclasses
 import re
 
 import jax
@@ -116,7 +115,7 @@ def test_weights_that_a_method_does_not_work_on(rule, message):
 def test_what_is_refused_is_so_for_the_reason_given():
     """Next to each refusal, what is allowed."""
     for rule in (*METHODS.values(), Rule("norm", method="full"), Rule("embed", rank=2), Rule("embed", method="full")):
-        assert list(made(rule))[0] == rule.target
+        assert next(iter(made(rule))) == rule.target
 
 
 def test_vera_has_one_rank_since_its_matrices_are_shared():

@@ -94,7 +94,7 @@ def test_the_norm_is_a_constant_of_the_backward_pass(key):
 
     losses = lifted, lambda a: by_hand(a, jax.lax.stop_gradient), lambda a: by_hand(a, lambda norm: norm)
     got, want, whole = jax.jit(lambda a: [jax.grad(f)(a) for f in losses])(adapters)
-    for have, detached, attached in zip(*map(jax.tree.leaves, (got, want, whole)), strict=True):
+    for have, detached in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(have, detached, atol=1e-4 * np.abs(detached).max())
     differences = [np.abs(got[path].lora.a - whole[path].lora.a).max() / np.abs(got[path].lora.a).max() for path in got]
     assert min(differences) > 1e-2
@@ -173,7 +173,7 @@ def test_the_shared_matrices_are_kept_once_and_never_trained(key):
 
 
 def test_vera_is_the_formula_on_the_first_rows_of_the_shared_matrices(key):
-    params, x, adapters = adapted(key, "vera")
+    params, _, adapters = adapted(key, "vera")
     a, b = (np.asarray(m, np.float64) for m in (adapters["/vera"].a, adapters["/vera"].b))
     merged = lora.merge(params, adapters)["layers"]
     for name, (d_in, d_out) in {"up": (D, F), "down": (F, D)}.items():
