@@ -136,36 +136,30 @@ def test_loftq_is_the_alternation_in_numpy(case, key, format):
     params, _, sites = case
     spec, rules = Spec(Rule("layers", rank=R, alpha=6.0)), {"layers/expert": format}
     leaves = lora.tree.leaves_by_path(params)
-    errors = {"layers/expert": []}
+    w, errors = np.asarray(leaves["layers/expert"], np.float64), []
     for steps in (1, 4):
         base, adapters = loftq(key, params, sites, spec, rules, steps)
-        for path, found in errors.items():
-            w, low = np.asarray(leaves[path], np.float64), 0.0
-            for _ in range(steps):
-                left = jnp.asarray(w - low, jnp.float32)
-                q = np.asarray(quantize_leaf(left, format, -2, w.ndim - 2).dequantised(), np.float64)
-                low = truncated(w - q)
-            stored = np.asarray(base["layers"][path.split("/")[1]].dequantised(), np.float64)
-            adapter = adapters[path]
-            got = (
-                adapter.scale
-                * np.asarray(adapter.a, np.float64)
-                @ np.swapaxes(np.asarray(adapter.b, np.float64), -1, -2)
-            )
-            if steps == 1:
-                np.testing.assert_array_equal(stored, q)
-                np.testing.assert_allclose(got, low, atol=1e-5)
-            # However often: γ a b is the best there is for the base that is stored.
-            np.testing.assert_allclose(got, truncated(w - stored), atol=2e-5)
-            found.append(np.linalg.norm(w - stored - got))
-            if format == "nf4":  # int4 puts each block's largest value halfway between codes, where an ulp decides
-                assert found[-1] == pytest.approx(np.linalg.norm(w - q - low), rel=1e-3)
-        assert not np.any(adapters["layers/down"].b) and not hasattr(base["layers"]["down"], "dequantised")
-    for path, found in errors.items():
-        # Rounding alone loses more; that a second alternation gains is so for nf4 here, and a law for neither.
-        plain = quantize_leaf(leaves[path], format, -2, leaves[path].ndim - 2).dequantised()
-        assert np.linalg.norm(leaves[path] - plain) > found[0]
-        assert found[0] > found[1] or format == "int4"
+        low = 0.0
+        for _ in range(steps):
+            left = jnp.asarray(w - low, jnp.float32)
+            q = np.asarray(quantize_leaf(left, format, -2, 2).dequantised(), np.float64)
+            low = truncated(w - q)
+        stored = np.asarray(base["layers"]["expert"].dequantised(), np.float64)
+        a, b = (np.asarray(getattr(adapters["layers/expert"], name), np.float64) for name in "ab")
+        got = 6.0 / R * a @ np.swapaxes(b, -1, -2)
+        if steps == 1:
+            np.testing.assert_array_equal(stored, q)
+            np.testing.assert_allclose(got, low, atol=1e-5)
+        # However often: γ a b is the best there is for the base that is stored.
+        np.testing.assert_allclose(got, truncated(w - stored), atol=2e-5)
+        errors.append(np.linalg.norm(w - stored - got))
+        if format == "nf4":  # int4 puts each block's largest value halfway between codes, where an ulp decides
+            assert errors[-1] == pytest.approx(np.linalg.norm(w - q - low), rel=1e-3)
+    assert not np.any(adapters["layers/down"].b) and not hasattr(base["layers"]["down"], "dequantised")
+    # Rounding alone loses more. That alternating further gains is so for nf4 here, but no law.
+    plain = quantize_leaf(leaves["layers/expert"], format, -2, 2).dequantised()
+    assert np.linalg.norm(w - plain) > errors[0]
+    assert errors[0] > errors[1] or format == "int4"
 
 
 def test_loftq_starts_nearer_to_the_model_than_quantising(case, key):
