@@ -12,7 +12,7 @@ from lora_jax import Rule, Spec
 
 pytestmark = pytest.mark.usefixtures("quick")
 L, B, D, R, P = 3, 4, 16, 4, 0.4
-METHODS = ("lora", "lora-fa", "dora", "adalora", "vera")
+METHODS = ("lora", "dora", "vera", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora-fa", "adalora")))
 
 
 def outputs(p, x):

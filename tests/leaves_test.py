@@ -64,7 +64,7 @@ def lifted(params, adapters):
     return jax.jit(lambda a: lora.lift(model)(lora.attach(params, a), IDS))(adapters)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_rows_of_a_tied_embedding(key, dtype):
     """Used as a lookup and as the head: both see the trained rows, no other row changes by a bit."""
     params = parameters(key, dtype)
@@ -98,7 +98,7 @@ def test_rows_have_the_gradient_of_the_dense_embedding(key):
     assert np.abs(got["embed"].delta - want[np.array(ROWS[::-1])]).max() > 1e-2
 
 
-@pytest.mark.parametrize("target", ["bias$", "norm$", "embed"])
+@pytest.mark.parametrize("target", ["bias$|norm$", "embed"])
 def test_leaves_are_trained_as_if_they_were_parameters(key, target):
     """Biases, norms and a tied head: the gradient is that of the leaf itself."""
     params = parameters(key)

@@ -170,7 +170,7 @@ def test_loftq_starts_nearer_to_the_model_than_quantising(case, key):
     def error(tree):
         return float(jnp.linalg.norm(jax.jit(lora.lift(model))(tree, x) - want))
 
-    base, adapters = loftq(key, params, sites, spec, rules, 5)
+    base, adapters = loftq(key, params, sites, spec, rules)
     with_loftq = error(lora.attach(base, adapters))
     plain = lora.quantize.quantize(params, sites, rules)
     without = error(lora.attach(plain, lora.init(key, params, sites, spec)))
