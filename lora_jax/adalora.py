@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def adalora(
     matter least, over all weights and layers, lose their singular value until they matter again; after `end` what is
     pruned stays so.
 
-    The gradient of `orthogonal · Σ ‖aᵀa − I‖² + ‖bᵀb − I‖²`, the norms not squared roots, is added.
+    The gradient of `orthogonal · Σ ‖aᵀa − I‖² + ‖bᵀb − I‖²`, Frobenius norms, is added.
 
     Args:
       tx: an optimizer of adapters, all of them `AdaLoRA`.
@@ -60,21 +61,33 @@ def adalora(
       A transformation that needs the parameters: `update(gradients, state, adapters)`.
 
     Raises:
-      ValueError: if `start` is not before `end`, or an adapter is of another method.
+      ValueError: if `start` is not before `end`, a setting is out of range, an adapter is of another method, or `rank`
+        leaves nothing to prune.
 
     Source: Zhang et al. 2023, arXiv 2303.10512.
     """
     if not 0 <= start < end:
         raise ValueError(f"pruning begins at step {start}, which must be before step {end}, where it ends")
+    for name, value in (("rank", rank), ("every", every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), not {beta}")
 
     def init(adapters: Any) -> PruningState:
         for path, adapter in adapters.items():
             if not isinstance(adapter, AdaLoRA):
                 raise ValueError(f"the adapter of {path!r} is {type(adapter).__name__}, not AdaLoRA: nothing to prune")
+        values = sum(adapter.e.size for adapter in adapters.values())
+        matrices = sum(math.prod(adapter.e.shape[:-1]) for adapter in adapters.values())
+        if rank * matrices >= values:
+            raise ValueError(f"nothing to prune: rank={rank} keeps all {values / matrices:g} singular values a matrix")
         zeros = jax.tree.map(jnp.zeros_like, adapters)
         return PruningState(jnp.zeros((), jnp.int32), zeros, zeros, tx.init(adapters))
 
     def update(gradients: Any, state: Any, adapters: Any = None) -> tuple[Any, Any]:
+        if adapters is None:
+            raise ValueError("pruning needs the adapters: update(gradients, state, adapters)")
         now = jax.tree.map(lambda p, g: jnp.abs(p * g), adapters, gradients)
         mean = jax.tree.map(lambda m, x: beta * m + (1 - beta) * x, state.sensitivity, now)
         spread = jax.tree.map(lambda u, x, m: beta * u + (1 - beta) * jnp.abs(x - m), state.uncertainty, now, mean)

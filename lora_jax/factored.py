@@ -159,7 +159,7 @@ class Factored:
         if math.prod(self.shape[axis] for axis in over) != self.fan_in:
             raise ValueError("it was cut or joined along its input axes, so that the norm of a column is not known")
         unit = (slice(None),) * len(self.gain.axes) + (None,)
-        gain = self.gain.array / jax.lax.stop_gradient(_norm(self, over))[unit]
+        gain = self.gain.array / jax.lax.stop_gradient(_nonzero(_norm(self, over)))[unit]
         return dataclasses.replace(self, gain=Factor(gain, self.gain.axes), fan_in=0)
 
     def delta(self, dtype: jnp.dtype = jnp.float32, precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
@@ -197,7 +197,7 @@ class Factored:
             gain = self.gain.expanded(self.ndim)[..., 0]
             if self.fan_in:
                 over = tuple(axis for axis in range(self.ndim) if axis not in self.gain.axes)
-                gain = gain / jnp.sqrt(jnp.sum(total**2, over, keepdims=True))
+                gain = gain / _nonzero(jnp.sqrt(jnp.sum(total**2, over, keepdims=True)))
             total = total * gain
         return total.astype(self.dtype)
 
@@ -223,6 +223,11 @@ def named(factor: Factor, letters: Sequence[str], rank: str) -> tuple[str, jax.A
     return name + rank, factor.array
 
 
+def _nonzero(norm: jax.Array) -> jax.Array:
+    # A column of zeros, of a padded head or a projection that starts at zero, has magnitude 0 and stays as it is.
+    return jnp.where(norm > 0, norm, 1)
+
+
 def _norm(weight: Factored, over: Sequence[int]) -> jax.Array:
     # ‖w + γ a b‖² = ‖w‖² + 2γ Σ_r (wᵀa)∘b + γ² Σ b∘((aᵀa) b) per column: a b is not formed.
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -240,7 +245,7 @@ def _norm(weight: Factored, over: Sequence[int]) -> jax.Array:
         gram = einsum(f"{a_axes}Z,{a_axes}Y->{stacked}ZY", a, a)
         square += 2 * weight.scale * einsum(f"{columns}Z,{b_axes}Z->{columns}", cross, b)
         square += weight.scale**2 * einsum(f"{stacked}ZY,{b_axes}Z,{b_axes}Y->{columns}", gram, b, b)
-    return jnp.sqrt(square)
+    return jnp.sqrt(jnp.maximum(square, 0))  # where terms cancel, rounding may leave less than nothing
 
 
 def _whole(factors: Sequence[Factor], letters: Sequence[str]) -> tuple[str, jax.Array]:

@@ -218,6 +218,9 @@ class VeRA:
             raise ValueError(f"the adapter of {path!r} is VeRA's, but {PROJECTIONS!r}, its matrices, is not attached")
         stacked, inp, out = self.axes
         matrices = jax.lax.stop_gradient(shared[PROJECTIONS])
+        rank, have = self.d.shape[-1], matrices.a.shape[-1]
+        if rank != have:
+            raise ValueError(f"the adapter of {path!r} has rank {rank}, and {PROJECTIONS!r}, its matrices, {have}")
         (d_in, ins), (d_out, outs) = ((math.prod(n), n) for n in ([w.shape[i] for i in group] for group in (inp, out)))
         if d_in > len(matrices.a) or d_out > len(matrices.b):
             have = f"{len(matrices.a)} and {len(matrices.b)}"
@@ -247,6 +250,8 @@ class VeRA:
 @dataclasses.dataclass(frozen=True)
 class IA3:
     """Activations rescaled by a trained vector: the weight becomes l ∘ W, along its out axes or its in axes.
+
+    A bias that the model adds to the product is not rescaled; PEFT's is, for its IA³ belongs to a layer.
 
     Attributes:
       l: [*stacked, *out] or [*stacked, *in], one at first.

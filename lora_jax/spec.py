@@ -90,6 +90,8 @@ class Rule:
         about = f"(target {self.target!r})"
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank} {about}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, not {self.alpha} {about}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout} {about}")
         if self.active_experts < 1:
@@ -110,8 +112,13 @@ class Rule:
             raise ValueError(
                 f"method {self.method!r} starts from {', '.join(method.starts)}, not {self.init!r} {about}"
             )
+        if self.share and self.init in DECOMPOSITIONS:
+            both = f"share={self.share!r} and init={self.init!r}, which takes both factors from each matrix"
+            raise ValueError(f"{both}, do not go together {about}")
         if (self.method == "rows") != bool(self.rows):
             raise ValueError(f"method 'rows' and the rows that it trains are given together {about}")
+        if len(set(self.rows)) < len(self.rows) or min(self.rows, default=0) < 0:
+            raise ValueError(f"rows must be distinct and not negative, not {self.rows} {about}")
 
     def rank_at(self, site: Site) -> int:
         """R at a site: the rank, for an expert divided by the number of those that are active."""
@@ -183,7 +190,7 @@ def select(sites: Sites, spec: Spec) -> dict[str, Rule]:
       `{path: rule}`, in the order of the sites.
 
     Raises:
-      ValueError: if a rule or an exclusion matches nothing, or a rank is larger than the matrix.
+      ValueError: if a rule or an exclusion matches nothing, a rank is larger than the matrix, or VeRA's ranks differ.
     """
     for pattern in spec.exclude:
         if not any(re.search(pattern, path) for path in sites):
@@ -203,6 +210,10 @@ def select(sites: Sites, spec: Spec) -> dict[str, Rule]:
     for rule, found in matched.items():
         if all(rule.why_not(site) for site in found):
             raise ValueError(_no_match(rule, found, sites))
+    vera = [(rule.rank, path) for path, rule in chosen.items() if rule.method == "vera"]
+    if vera and min(vera)[0] != max(vera)[0]:
+        (low, one), (high, other) = min(vera), max(vera)
+        raise ValueError(f"VeRA's matrices are shared, so that ranks are equal: {one!r} has {low}, {other!r} {high}")
     return chosen
 
 
@@ -216,6 +227,8 @@ def _check_rank(site: Site, rule: Rule) -> None:
         )
     if rule.rows and max(rule.rows) >= d_in:
         raise ValueError(f"{site.path!r} has {d_in} rows: there is no row {max(rule.rows)} to train")
+    if site.kind == "embedding" and rule.init in DECOMPOSITIONS:
+        raise ValueError(f"init={rule.init!r} is for products, and {site.path!r} is an embedding: exclude it")
     if rule.share and not site.main.experts:
         raise ValueError(f"share={rule.share!r} is for experts, and {site.path!r} has none")
 
