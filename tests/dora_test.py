@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import lora_jax as lora
-from lora_jax import Axes, DoRA, LoRA, Rule, Spec
+from lora_jax import Axes, DoRA, LoRA, Rule, Spec, _jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick")
 L, B, D, F, R = 3, 5, 24, 40, 2
@@ -148,8 +148,8 @@ def test_the_shared_matrices_stay_outside_the_scan(key, method):
     params, x, adapters = adapted(key, method)
     program = jax.make_jaxpr(lambda tree: lora.lift(model)(tree, x))(lora.attach(params, adapters))
     (scan,) = scans(program.jaxpr)
-    n = scan.params["num_consts"], scan.params["num_consts"] + scan.params["num_carry"]
-    consts, scanned = ([v.aval.shape for v in vs] for vs in (scan.invars[: n[0]], scan.invars[n[1] :]))
+    n_consts, n_carry = _jaxpr.scan_counts(scan.params)
+    consts, scanned = ([v.aval.shape for v in vs] for vs in (scan.invars[:n_consts], scan.invars[n_consts + n_carry :]))
     shared = {(D, R), (F, R)}
     stacked = {(L, *shape) for shape in shared}
     assert (shared <= set(consts) and not stacked & set(scanned)) == (method == "vera")
