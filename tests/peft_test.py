@@ -6,12 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-tiny_peft = pytest.importorskip("tiny_peft")
-
 import lora_jax as lora
 from lora_jax.interop import peft
 from lora_jax.models import decoder
 
+tiny_peft = pytest.importorskip("tiny_peft")
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -52,18 +51,19 @@ def test_written_again_it_is_the_same(case, tmp_path):
         np.testing.assert_array_equal(x, before[key])
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "ends", "vera", "ia3", "whole", "rows", "layers"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "layers", "vera", "whole"])
 def test_training_goes_on_here_and_there(kind, tmp_path):
     model, config, params = tiny_peft.base(tmp_path / "base")
     before = tiny_peft.peeled(tiny_peft.trained(model, tiny_peft.CASES[kind](), tmp_path / "theirs"))
     adapters = peft.load(tmp_path / "theirs", config, params)
     tokens = jnp.array(tiny_peft.texts(), jnp.int32)
 
+    @jax.jit
     def nll(adapters):
         logits = lora.lift(decoder.forward)(lora.attach(params, adapters), tokens[:, :-1], config)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    first, gradient = jax.jit(jax.value_and_grad(nll))(adapters)
+    first, gradient = jax.value_and_grad(nll)(adapters)
     mask = lora.trainable_mask(adapters)
     after = jax.tree.map(lambda x, g, m: x - 0.05 * g if m else x, adapters, gradient, mask)
     peft.save(tmp_path / "ours", after, config, params)

@@ -99,7 +99,7 @@ class _Reader:
         s = self.settings
         s.check_patterns(targets)
         rank, alpha, dropout = s.number("r", 1), s.number("lora_alpha", -math.inf), s.number("lora_dropout", 0.0, 0.0)
-        ranks = {name: s.pattern("rank_pattern", name, rank) for name in targets}
+        ranks: dict[str, int] = {name: s.pattern("rank_pattern", name, rank) for name in targets}
         alphas = {name: s.pattern("alpha_pattern", name, alpha) for name in targets}
         rooted = s.values.get("use_rslora")
         scales = {name: alphas[name] / (math.sqrt(r) if rooted else r) for name, r in ranks.items()}

@@ -89,6 +89,8 @@ class _Writer:
             raise ValueError(
                 f"{unknown[0]!r} is no parameter of this decoder; nearest: {nearest(unknown[0], self.table)}"
             )
+        if not own:
+            raise ValueError("there are no adapters to write")
         methods = {type(x): path for path, x in own.items() if not isinstance(x, Leaf | Rows)}
         if other := [kind for kind in methods if kind not in KINDS]:
             raise ValueError(
