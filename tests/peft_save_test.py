@@ -48,8 +48,10 @@ def moved(tree):
     """As training might leave it: what is trained is elsewhere, what is not is where it was."""
     mask = jax.tree.leaves(lora.trainable_mask(tree))
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    new = [x + 0.2 * jax.random.normal(k, x.shape) if m else x for x, m, k in zip(leaves, mask, keys, strict=True)]
+    rng = np.random.default_rng(3)
+    new = [
+        jnp.array(x + 0.2 * rng.normal(size=x.shape), x.dtype) if m else x for x, m in zip(leaves, mask, strict=True)
+    ]
     return jax.tree.unflatten(structure, new)
 
 

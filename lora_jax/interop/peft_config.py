@@ -1,6 +1,5 @@
 """PEFT's `adapter_config.json`: what it asks for, and whether it can be had here."""
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from lora_jax.interop.safetensors import read_json
 from lora_jax.tree import nearest
 
 NAME = "adapter_config.json"
+LARGEST = 1e12  # no number of a config that means something is larger
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _SOFT = (
@@ -92,8 +92,8 @@ class Settings:
 
     def _number(self, name: str, value: Any, least: float) -> Any:
         kinds = int if isinstance(least, int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < least:
-            raise ValueError(f"{self.path}: {name} is {value!r}, and should be a number, at least {least}")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= LARGEST:
+            raise ValueError(f"{self.path}: {name} is {value!r}, and should be a number, at least {least:g}")
         return value
 
     def targets(self, names: Sequence[str]) -> list[str]:
@@ -111,7 +111,8 @@ class Settings:
         if not targets:
             raise ValueError(f"{self.path}: target_modules is {targets!r}; name the modules, as PEFT does on saving")
         out = self._names("exclude_modules")
-        whole = self.values.get("modules_to_save") or []
+        whole = self._names("modules_to_save")
+        whole = [whole] if isinstance(whole, str) else whole
         found = [
             name
             for name in names
@@ -139,7 +140,7 @@ class Settings:
 
     def pattern(self, field: str, name: str, default: Any) -> Any:
         """A module's value: of the first pattern that matches its name, or the default."""
-        least = 1 if field == "rank_pattern" else -math.inf
+        least = 1 if field == "rank_pattern" else -LARGEST
         for pattern, value in self._patterns(field).items():
             if self._match(rf"(.*\.)?({pattern})$", name):
                 return self._number(field, value, least)

@@ -98,7 +98,11 @@ class _Reader:
     def _lora(self, targets: list[str]) -> Callable[[], dict[str, Any]]:
         s = self.settings
         s.check_patterns(targets)
-        rank, alpha, dropout = s.number("r", 1), s.number("lora_alpha", -math.inf), s.number("lora_dropout", 0.0, 0.0)
+        rank, alpha, dropout = (
+            s.number("r", 1),
+            s.number("lora_alpha", -peft_config.LARGEST),
+            s.number("lora_dropout", 0.0, 0.0),
+        )
         ranks: dict[str, int] = {name: s.pattern("rank_pattern", name, rank) for name in targets}
         alphas = {name: s.pattern("alpha_pattern", name, alpha) for name in targets}
         rooted = s.values.get("use_rslora")
@@ -140,7 +144,7 @@ class _Reader:
 
     def _vera(self, targets: list[str]) -> Callable[[], dict[str, Any]]:
         s, sizes = self.settings, layout.sizes
-        rank, dropout = s.number("r", 1), float(s.number("vera_dropout", 0.0, 0.0))
+        rank, dropout = int(s.number("r", 1)), float(s.number("vera_dropout", 0.0, 0.0))
         if not s.values.get("save_projection", True):
             raise ValueError(
                 f"{s.path}: save_projection is false, and PEFT's random matrices cannot be made again here; save it "
@@ -219,10 +223,12 @@ class _Reader:
         for ending, rows in by_name.items():
             named = [name for name in tables if name == ending or name.endswith(f".{ending}")]
             key = self.modules[named[0]].key if named else None
-            if key is None or not isinstance(rows, list) or not rows or len(set(rows)) < len(rows):
+            if key is None or not isinstance(rows, list) or not rows:
                 raise ValueError(f"{self.settings.path}: token rows {ending!r}: {rows!r} are not rows of an embedding")
-            if not all(type(row) is int and 0 <= row < self.config.vocab for row in rows):
-                raise ValueError(f"{self.settings.path}: token rows {rows} are not all below {self.config.vocab}")
+            if not all(type(row) is int and 0 <= row < self.config.vocab for row in rows) or len({*rows}) < len(rows):
+                raise ValueError(
+                    f"{self.settings.path}: token rows {rows} are not different rows below {self.config.vocab}"
+                )
             chosen[named[0]] = tuple(rows)
             self.expected[f"{PREFIX}{named[0]}.{prefix}trainable_tokens_delta"] = [len(rows), self.config.dim]
 
