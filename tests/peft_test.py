@@ -51,6 +51,18 @@ def test_written_again_it_is_the_same(case, tmp_path):
         np.testing.assert_array_equal(x, before[key])
 
 
+def test_rows_of_a_tied_matrix_are_trained_on_both_sides(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    model, config, params = tiny_peft.base(tmp_path / "base", **tied)
+    plain = tiny_peft.peeled(model)
+    theirs = tiny_peft.peeled(tiny_peft.trained(model, tiny_peft.CASES["rows"](), tmp_path / "theirs"))
+    adapters = peft.load(tmp_path / "theirs", config, params)
+    np.testing.assert_allclose(tiny_peft.our_logits(params, adapters, config), theirs, atol=1e-4)
+    assert np.abs(theirs - plain)[..., [5, 3, 9]].max() > 0.05
+    peft.save(tmp_path / "ours", adapters, config, params)
+    np.testing.assert_allclose(tiny_peft.their_logits(tmp_path / "ours", **tied), theirs, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "layers", "vera", "whole"])
 def test_training_goes_on_here_and_there(kind, tmp_path):
     model, config, params = tiny_peft.base(tmp_path / "base")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.fingerprint import fingerprint
-from lora_jax.interop import card, peft_config
+from lora_jax.interop import card, peft_config, peft_soft
 from lora_jax.interop import peft_layout as layout
 from lora_jax.interop.peft_file import File
 from lora_jax.interop.peft_layout import PREFIX, Module, Part
@@ -54,7 +54,7 @@ def load(
             "same dtype, or force it"
         )
     if settings.kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        return _soft(settings, file, config)
+        return peft_soft.read(settings, file, config)
     return _Reader(settings, file, config, leaves_by_path(params), force).adapters()
 
 
@@ -294,15 +294,3 @@ class _Reader:
                     f"{self.file.path}: {name} is not this base's weight; load the base that it was trained over, or "
                     "force it"
                 )
-
-
-def _soft(settings: peft_config.Settings, file: File, config: DecoderConfig) -> Prompt | Prefix:
-    n = settings.number("num_virtual_tokens", 1)
-    L, K, h = config.layers, config.kv_heads, config.head_dim
-    width = config.dim if settings.kind == "PROMPT_TUNING" else 2 * L * K * h
-    file.check({"prompt_embeddings": [n, width]})
-    table = file.tensor("prompt_embeddings")
-    if settings.kind == "PROMPT_TUNING":
-        return Prompt(jnp.array(table))
-    k_v = table.reshape(n, L, 2, K, h).transpose(2, 1, 0, 3, 4)
-    return Prefix(jnp.array(k_v[0]), jnp.array(k_v[1]))

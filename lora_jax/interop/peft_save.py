@@ -14,7 +14,7 @@ import safetensors.numpy
 from lora_jax.adapters import Adapter
 from lora_jax.fingerprint import fingerprint
 from lora_jax.grouping import written_out
-from lora_jax.interop import peft_config
+from lora_jax.interop import peft_config, peft_soft
 from lora_jax.interop import peft_layout as layout
 from lora_jax.interop.card import Card
 from lora_jax.interop.peft_file import WEIGHTS
@@ -55,7 +55,7 @@ def save(
     """
     card, folder = card or Card(), Path(folder)
     if isinstance(adapters, Prompt | Prefix):
-        tensors, settings = _soft(adapters, config)
+        tensors, settings = peft_soft.write(adapters, config)
     else:
         writer = _Writer(adapters, config, leaves_by_path(params))
         tensors, settings = writer.tensors, writer.settings()
@@ -259,20 +259,3 @@ def _alpha(scale: float, rank: int) -> float:
         if near / rank == scale:
             return int(near) if near == int(near) else near
     return alpha
-
-
-def _soft(trained: Prompt | Prefix, config: DecoderConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    L, K, h = config.layers, config.kv_heads, config.head_dim
-    if isinstance(trained, Prompt):
-        table, width = np.asarray(trained.vectors, np.float32), config.dim
-        kind: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "token_dim": config.dim}
-        kind |= {"num_attention_heads": config.heads}
-    else:
-        k_v = np.stack([np.asarray(x, np.float32) for x in (trained.k, trained.v)])
-        table, width = k_v.transpose(2, 1, 0, 3, 4).reshape(k_v.shape[2], -1), 2 * L * K * h
-        kind = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "token_dim": K * h}
-        kind |= {"num_attention_heads": K, "encoder_hidden_size": K * h}
-    if table.shape[1:] != (width,):
-        raise ValueError(f"the prompt or prefix is {list(table.shape)} as a table, should be [N, {width}]")
-    sizes = {"num_virtual_tokens": len(table), "num_layers": L, "num_transformer_submodules": 1}
-    return {"prompt_embeddings": np.ascontiguousarray(table)}, {**kind, **sizes}
