@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
+from lora_jax.fingerprint import fingerprint as fingerprint
 from lora_jax.tree import leaves_by_path, nbytes, replace
 
 MANIFEST = "manifest.json"
-SAMPLES = 64
 
 
 class State(NamedTuple):
@@ -39,26 +38,6 @@ class State(NamedTuple):
     trainable: Any
     optimizer: Any
     progress: dict[str, Any]
-
-
-def fingerprint(params: Any) -> str:
-    """Identifies a base cheaply: a digest of every leaf's path, shape, dtype and 64 evenly spaced elements.
-
-    Args:
-      params: pytree of arrays.
-
-    Returns:
-      16 hexadecimal digits, the same for the same base on every machine.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in sorted(leaves_by_path(params, is_leaf=lambda _: False).items()):
-        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
-        if leaf.size:
-            # Indexed by axes, not flattened: a sharded leaf stays where it is.
-            places = np.unique(np.linspace(0, leaf.size - 1, SAMPLES).astype(np.int64))
-            index = np.unravel_index(places, leaf.shape) if leaf.ndim else ()
-            digest.update(np.asarray(leaf[index]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 class Checkpoints:

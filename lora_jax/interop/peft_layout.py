@@ -1,0 +1,130 @@
+"""Where PEFT keeps an adapter's arrays: tensors for each module and layer, the heads of a weight flattened.
+
+All names and axes come from the model's key table; the layers that are stacked here are tensors of their own there.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters import Axes
+from lora_jax.models import keys
+from lora_jax.models.config import DecoderConfig
+from lora_jax.stored import is_stored
+
+PREFIX = "base_model.model."
+
+
+class Module(NamedTuple):
+    """One layer of a parameter: what PEFT adapts by the name of a module."""
+
+    key: keys.Key
+    layer: int
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is a weight that methods can adapt."""
+        return len(self.key.file_axes.split()) == 2
+
+
+class Part(NamedTuple):
+    """An array of an adapter: its field here, and the end of its name, side of the weight and axes there.
+
+    The side is a field of `Axes`; of the axes, n stands for all of that side's, R for the rank.
+    """
+
+    field: str
+    suffix: str
+    side: str
+    axes: str
+
+
+LORA = (Part("a", "lora_A.weight", "inp", "Rn"), Part("b", "lora_B.weight", "out", "nR"))
+EMBEDDING = (Part("a", "lora_embedding_A", "inp", "Rn"), Part("b", "lora_embedding_B", "out", "nR"))
+DORA = (*LORA, Part("m", "lora_magnitude_vector", "out", "n"))
+VERA = (Part("d", "vera_lambda_d", "", "R"), Part("e", "vera_lambda_b", "out", "n"))
+IA3 = {"out": (Part("l", "ia3_l", "out", "n1"),), "in": (Part("l", "ia3_l", "inp", "1n"),)}
+
+
+def modules(config: DecoderConfig) -> dict[str, Module]:
+    """The modules of a model by their Hugging Face names, in the order of its layers."""
+    return {
+        key.hf.format(layer).removesuffix(".weight"): Module(key, layer)
+        for key in keys.table(config)
+        for layer in range(layers(key, config))
+    }
+
+
+def layers(key: keys.Key, config: DecoderConfig) -> int:
+    """How many modules a parameter is in files."""
+    return config.layers if "{}" in key.hf else 1
+
+
+def embedding(key: keys.Key) -> bool:
+    """Whether a weight is looked up, not multiplied with: its file axes are then (in, out)."""
+    return key.path.endswith("/embedding")
+
+
+def axes(key: keys.Key) -> Axes:
+    """The use of a parameter's axes, as tracing the decoder finds it, from the table."""
+    first, second = (axis.split(".") for axis in key.file_axes.split())
+    inp, out = (first, second) if embedding(key) else (second, first)
+    letters, stacked = key.axes.split(), "{}" in key.hf
+    sides = (tuple(letters.index(letter) + stacked for letter in side) for side in (inp, out))
+    return Axes((0,) if stacked else (), *sides)
+
+
+def sizes(key: keys.Key, config: DecoderConfig, side: str) -> list[int]:
+    """The sizes of the axes on one side of one layer of a weight; of no side, none."""
+    shape, stacked = keys.shape(key, config), "{}" in key.hf
+    return [shape[axis - stacked] for axis in getattr(axes(key), side)] if side else []
+
+
+def shape(part: Part, key: keys.Key, config: DecoderConfig, rank: int) -> list[int]:
+    """The shape of an array's tensor in files."""
+    size = {"n": math.prod(sizes(key, config, part.side)), "R": rank, "1": 1}
+    return [size[letter] for letter in part.axes]
+
+
+def to_file(x: Any, part: Part, own: Sequence[int], key: keys.Key, config: DecoderConfig) -> np.ndarray:
+    """An array of an adapter as its tensors in files.
+
+    Args:
+      x: [L, *axes, R], or without L or R.
+      part: which array it is.
+      own: the weight's axes that it has, in its order.
+      key: the weight.
+      config: the decoder's shape.
+
+    Returns:
+      [L, *shape(part, ...)], L = 1 for a weight that is in no layer.
+    """
+    x, want = np.asarray(x, np.float32), getattr(axes(key), part.side) if part.side else ()
+    first = int("{}" in key.hf)
+    order = [*range(first), *(first + list(own).index(axis) for axis in want)]
+    x = x.transpose([*order, *range(len(order), x.ndim)])
+    x = x.reshape(*x.shape[:first], *_flat(part, x.shape[first + len(want) :]))
+    x = x if first else x[None]
+    return np.ascontiguousarray(x.swapaxes(-1, -2) if part.axes == "Rn" else x)
+
+
+def _flat(part: Part, rest: tuple[int, ...]) -> list[int]:
+    size = {"n": -1, "1": 1, "R": rest[-1] if rest else 1}
+    return [size[letter] for letter in part.axes.replace("Rn", "nR")]
+
+
+def from_file(x: np.ndarray, part: Part, key: keys.Key, config: DecoderConfig) -> jnp.ndarray:
+    """The inverse of `to_file`, its axes those of `axes(key)`."""
+    x = x.swapaxes(-1, -2) if part.axes == "Rn" else x
+    rank = [x.shape[-1]] if "R" in part.axes else []
+    x = x.reshape(len(x), *sizes(key, config, part.side), *rank)
+    return jnp.array(x if "{}" in key.hf else x[0], jnp.float32)
+
+
+def rows(leaf: Any, which: Sequence[int]) -> np.ndarray:
+    """Rows of an embedding, float32."""
+    table = leaf.dequantised() if is_stored(leaf) else leaf
+    return np.asarray(table[np.array(which)], np.float32)
