@@ -1,6 +1,7 @@
 """Every family computes what transformers computes, comes back from files as it went, and takes adapters."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lora_jax.models import decoder, generate
 
 tiny_llama = pytest.importorskip("tiny_llama")
 tiny_families = pytest.importorskip("tiny_families")
+families_matrix = pytest.importorskip("families_matrix")
 LENGTHS, NEW = [3, 9, 6], 12
 forward = jax.jit(decoder.forward, static_argnames="config")
 pytestmark = pytest.mark.usefixtures("quick")
@@ -127,3 +129,16 @@ def test_adapters(made, case):
     assert np.abs(y - jax.jit(f)(params, x)).max() > 1e-2
     for leaf in jax.tree.leaves(gradients):
         assert float(jnp.abs(leaf).max()) > 1e-7 and bool(jnp.all(jnp.isfinite(leaf)))
+
+
+def test_docs_have_the_cases_and_tests():
+    """docs/models.md has the table that families_matrix.py prints, but for the measured numbers."""
+    text = (Path(__file__).parent.parent / "docs/models.md").read_text(encoding="utf-8")
+    header, *lines = text[text.index("| tiny random model") :].split("\n\n")[0].split("\n")
+    assert [header, lines.pop(0)] == families_matrix.HEADER.split("\n")
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == list(tiny_families.CASES)
+    for line in lines:
+        case, family, error = line.strip("| ").split(" | ")[:3]
+        assert line == families_matrix.row(case, error, family) and float(error) < 1e-4
+    for test in families_matrix.COLUMNS.values():
+        assert every_case.mark in globals()[test].pytestmark

@@ -60,7 +60,7 @@ def load(
 def save(
     folder: str | Path, config: configs.DecoderConfig, params: dict[str, Any], shard_bytes: int = 5 * 2**30
 ) -> None:
-    """Writes parameters as the files that `load` and transformers read, in their dtype; at most one is held twice.
+    """Writes parameters as the files that `load` and transformers read, in their dtype, a file at a time.
 
     Args:
       folder: made if it is missing; its config.json is the caller's, the one that the model came with.
@@ -73,26 +73,18 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = [[]]
-    makers, room = {}, shard_bytes
-    for name, make in stacked.tensors(config, params):
-        makers[name] = make
-        size = make().nbytes
-        if shards[-1] and size > room:
+    shards: list[list[stacked.Tensor]] = [[]]
+    for tensor in stacked.tensors(config, params):
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
             shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    files = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: np.ascontiguousarray(makers[name]()) for name in names}, folder / file, {"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(make().nbytes for make in makers.values())
+        shards[-1].append(tensor)
+    count = len(shards)
+    files = [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file({tensor.name: tensor.values() for tensor in shard}, folder / file, {"format": "pt"})
+    if count > 1:
+        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +57,23 @@ def read(
     return params
 
 
-def tensors(config: DecoderConfig, params: dict[str, Any]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """The tensors of Hugging Face files that hold some parameters: names, and functions that make the values.
+class Tensor(NamedTuple):
+    """A tensor of a Hugging Face file: its name, its bytes, and a function that fetches its values."""
+
+    name: str
+    nbytes: int
+    values: Callable[[], np.ndarray]
+
+
+def tensors(config: DecoderConfig, params: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of Hugging Face files that hold some parameters, in their dtypes.
 
     Args:
       config: the decoder's shape.
       params: nested dict of arrays.
 
     Yields:
-      A name, and a function that fetches the values of that tensor alone.
+      One tensor after another.
 
     Raises:
       ValueError: a parameter is missing, quantised, or has the wrong shape.
@@ -73,8 +81,10 @@ def tensors(config: DecoderConfig, params: dict[str, Any]) -> Iterator[tuple[str
     for name, parts in keys.tensors(config).items():
         layers = config.layers if "{}" in name else None
         leaves = [_leaf(params, key, config, layers) for key in parts]
+        nbytes = sum(leaf.nbytes for leaf in leaves) // (layers or 1)
         for layer in range(layers or 1):
-            yield name.format(layer), functools.partial(_tensor, parts, leaves, layer if layers else None, config)
+            values = functools.partial(_tensor, parts, leaves, layer if layers else None, config)
+            yield Tensor(name.format(layer), nbytes, values)
 
 
 def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig, layers: int | None) -> jax.Array:
@@ -93,7 +103,8 @@ def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig, layers: 
 
 def _tensor(parts, leaves, layer, config) -> np.ndarray:
     values = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-    return np.concatenate([keys.to_file(x, key, config) for x, key in zip(values, parts, strict=True)])
+    rows = [keys.to_file(x, key, config) for x, key in zip(values, parts, strict=True)]
+    return np.ascontiguousarray(np.concatenate(rows))
 
 
 def _weights(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path) -> Iterator[np.ndarray]:

@@ -146,12 +146,12 @@ def _activation(config: Mapping[str, Any], known: Mapping[str, str], source: str
     return known[name]
 
 
-def _biases(config: Mapping[str, Any]) -> dict[str, bool]:
+def _biases(config: Mapping[str, Any]) -> dict[str, Any]:
     attention = bool(config.get("attention_bias"))
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(config.get("mlp_bias"))}
 
 
-def _scales(config: Mapping[str, Any], scaled_embedding: bool) -> dict[str, float | None]:
+def _scales(config: Mapping[str, Any], scaled_embedding: bool) -> dict[str, Any]:
     squared = config.get("query_pre_attn_scalar")
     embed = config["hidden_size"] ** 0.5 if scaled_embedding else config.get("embedding_multiplier", 1.0)
     return {

@@ -55,8 +55,8 @@ UNSAID = {
         {**_SANDWICH, "qk_norm": "head"},
         scaled_embedding=True,
     ),
-    "phi3": Unsaid({}, {}),
-    "olmo2": Unsaid({}, {"qk_norm": "all", "pre_norm": False, "post_norm": True}),
+    "phi3": Unsaid({"rms_norm_eps": 1e-5}, {}),
+    "olmo2": Unsaid({"rms_norm_eps": 1e-5}, {"qk_norm": "all", "pre_norm": False, "post_norm": True}),
     "smollm3": Unsaid(
         {"tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4, "use_sliding_window": False},
         {},

@@ -82,9 +82,8 @@ class Layer(nnx.Module):
             self.attn_norm, self.mlp_norm = norm(D), norm(D)
         if c.post_norm:
             self.attn_post_norm, self.mlp_post_norm = norm(D), norm(D)
-        self.q_norm = self.k_norm = None
-        if c.qk_norm:
-            self.q_norm, self.k_norm = (norm(n * h if c.qk_norm == "all" else h) for n in (H, K))
+        q_norm, k_norm = (norm(n * h if c.qk_norm == "all" else h) if c.qk_norm else None for n in (H, K))
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.q_proj = _projection((D, H, h), rngs, bias=c.qkv_bias)
         self.k_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
         self.v_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)

@@ -35,7 +35,7 @@ def _scaled(positions_BT: jax.Array, config: DecoderConfig) -> Angles:
         count = frequency.size
         power = -jnp.arange(count, dtype=jnp.float32) / max(count - 1, 1)
         frequency = frequency * stretch_B[:, None, None, None] ** power
-    elif config.rope_long_factors is not None:
+    elif config.rope_long_factors is not None and config.rope_original is not None:
         long_B = jnp.max(positions_BT, axis=1) + 1 > config.rope_original
         factors = jnp.asarray([config.rope_factors, config.rope_long_factors], jnp.float32)
         frequency = frequency / factors[long_B.astype(jnp.int32)][:, None, None]

@@ -27,6 +27,8 @@ def read(rope: Mapping[str, Any], base: float, dim: int, context: int, source: s
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return {}
+    if "short_factor" in rope:  # older files call it su or yarn
+        kind = "longrope"
     if kind not in KINDS:
         known = ", ".join(["default", *KINDS])
         raise ValueError(f"{source}: rope type {kind!r} is not supported; use one of: {known}")
