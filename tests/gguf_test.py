@@ -10,7 +10,6 @@ import tiny_gguf
 
 from lora_jax.interop import gguf as reader
 from lora_jax.interop import safetensors
-from lora_jax.models import config as configs
 from lora_jax.models import decoder
 
 TEXTS = ["the sum of 12 and 345", "  spaces\n\nand Wörter!", "<|im_start|>user\nwhat is<|im_end|>", ""]
@@ -73,8 +72,8 @@ def test_rope_frequencies_of_the_file_are_used(tmp_path):
     metadata = {"general.architecture": "llama", "llama.vocab_size": 9, "llama.block_count": 1}
     metadata |= {f"llama.{name}": 8 for name in ("embedding_length", "feed_forward_length", "context_length")}
     metadata |= {f"llama.attention.{name}": 2 for name in ("head_count", "layer_norm_rms_epsilon")}
-    assert configs.from_gguf(metadata, tied=True).rope_factors is None
-    assert configs.from_gguf(metadata, True, (1.0, 8.0)).rope_factors == (1.0, 8.0)
+    assert reader.from_gguf(metadata, tied=True).rope_factors is None
+    assert reader.from_gguf(metadata, True, (1.0, 8.0)).rope_factors == (1.0, 8.0)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -154,9 +154,19 @@ def test_broken_folder(folder, spoil, error, message):
 
 UNSUPPORTED = {
     "model_type": ({"model_type": "mamba"}, "config.json: model_type 'mamba' is not supported"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-    "bias": ({"attention_bias": True}, "attention_bias=True is not supported"),
-    "rope": ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+    "activation": ({"hidden_act": "gelu"}, "activation 'gelu' is not supported, only silu or gelu_pytorch_tanh"),
+    "both ways": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+    "rope": ({"rope_scaling": {"rope_type": "none"}}, "rope type 'none' is not supported"),
+    "few factors": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}, "head_dim": 8}
+        | {"original_max_position_embeddings": 64},
+        "1 rope_factors of rope type 'longrope' for 4 frequencies",
+    ),
+    "layer types": (
+        {"sliding_window": 8, "layer_types": ["linear_attention", "full_attention"]},
+        "layer_types linear_attention is not supported",
+    ),
+    "layers": ({"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, "4 layers are"),
     "heads": ({"num_key_value_heads": 3}, "2 query heads cannot share 3 key/value heads"),
 }
 

@@ -1,5 +1,6 @@
 """Reads llama.cpp's GGUF files: weights, tokenizer and chat template."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,57 @@ def decoder_config(file: File) -> configs.DecoderConfig:
     factors = None
     if "rope_freqs.weight" in file:
         factors = tuple(float(f) for f in file.tensor("rope_freqs.weight"))
-    return configs.from_gguf(file.metadata, "output.weight" not in file, factors, str(file.path))
+    return from_gguf(file.metadata, "output.weight" not in file, factors, str(file.path))
+
+
+def from_gguf(
+    metadata: Mapping[str, Any],
+    tied: bool,
+    rope_factors: tuple[float, ...] | None = None,
+    source: str = "the GGUF file",
+) -> configs.DecoderConfig:
+    """Reads the metadata of a GGUF file.
+
+    Args:
+      metadata: the file's key/value pairs.
+      tied: the file has no output matrix of its own.
+      rope_factors: the file's `rope_freqs` tensor, if it has one.
+      source: path named in error messages.
+
+    Returns:
+      The decoder's shape.
+
+    Raises:
+      ValueError: a field is missing, or asks for something this decoder does not compute.
+    """
+    arch = metadata.get("general.architecture")
+    if arch != "llama":
+        raise ValueError(f"{source}: general.architecture {arch!r} is not supported; use one of: llama")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"{source}: llama.rope.scaling.type {scaling!r} is not supported")
+    if metadata.get("llama.expert_count", 0):
+        raise ValueError(f"{source}: {metadata['llama.expert_count']} experts per layer are not supported")
+    try:
+        heads, dim = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
+        read = configs.DecoderConfig(
+            family=arch,
+            vocab=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
+            dim=dim,
+            hidden=metadata["llama.feed_forward_length"],
+            layers=metadata["llama.block_count"],
+            heads=heads,
+            kv_heads=metadata.get("llama.attention.head_count_kv", heads),
+            head_dim=metadata.get("llama.attention.key_length", dim // heads),
+            context=metadata["llama.context_length"],
+            norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+            rope_base=metadata.get("llama.rope.freq_base", 10_000.0),
+            rope_factors=rope_factors,
+            tied=tied,
+        )
+    except KeyError as missing:
+        raise ValueError(f"{source}: the metadata field {missing} is missing") from None
+    return configs.checked(read, source)
 
 
 def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[configs.DecoderConfig, dict[str, Any]]:

@@ -1,13 +1,15 @@
-"""Reads a Hugging Face model folder: `config.json` and one or several safetensors files."""
+"""Reads and writes a Hugging Face model folder: `config.json` and one or several safetensors files."""
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from lora_jax.interop import stacked
 from lora_jax.models import config as configs
@@ -55,6 +57,38 @@ def load(
     return config, stacked.read(config, read, dtype, folder, quantize)
 
 
+def save(
+    folder: str | Path, config: configs.DecoderConfig, params: dict[str, Any], shard_bytes: int = 5 * 2**30
+) -> None:
+    """Writes parameters as the files that `load` and transformers read, in their dtype, a file at a time.
+
+    Args:
+      folder: made if it is missing; its config.json is the caller's, the one that the model came with.
+      config: the decoder's shape.
+      params: nested dict of arrays, layers stacked.
+      shard_bytes: most bytes of a file, unless one tensor alone is larger.
+
+    Raises:
+      ValueError: a parameter is missing, quantised, or has the wrong shape.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[stacked.Tensor]] = [[]]
+    for tensor in stacked.tensors(config, params):
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    files = [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file({tensor.name: tensor.values() for tensor in shard}, folder / file, {"format": "pt"})
+    if count > 1:
+        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 class Files:
     """The tensors of a folder, by name, whichever file holds them; each is read when asked for."""
 
@@ -70,6 +104,9 @@ class Files:
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
 
     def tensor(self, name: str) -> np.ndarray:
         """The named tensor."""

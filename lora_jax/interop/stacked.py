@@ -1,9 +1,9 @@
-"""From one tensor per layer, as files keep them, to parameters stacked over layers."""
+"""From one tensor per layer, as files keep them, to parameters stacked over layers, and back."""
 
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,56 @@ def read(
                 out[layer] = w
             node[leaf] = jax.device_put(out if layers else out[0])
     return params
+
+
+class Tensor(NamedTuple):
+    """A tensor of a Hugging Face file: its name, its bytes, and a function that fetches its values."""
+
+    name: str
+    nbytes: int
+    values: Callable[[], np.ndarray]
+
+
+def tensors(config: DecoderConfig, params: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of Hugging Face files that hold some parameters, in their dtypes.
+
+    Args:
+      config: the decoder's shape.
+      params: nested dict of arrays.
+
+    Yields:
+      One tensor after another.
+
+    Raises:
+      ValueError: a parameter is missing, quantised, or has the wrong shape.
+    """
+    for name, parts in keys.tensors(config).items():
+        layers = config.layers if "{}" in name else None
+        leaves = [_leaf(params, key, config, layers) for key in parts]
+        nbytes = sum(leaf.nbytes for leaf in leaves) // (layers or 1)
+        for layer in range(layers or 1):
+            values = functools.partial(_tensor, parts, leaves, layer if layers else None, config)
+            yield Tensor(name.format(layer), nbytes, values)
+
+
+def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig, layers: int | None) -> jax.Array:
+    expected = (*([layers] if layers else []), *keys.shape(key, config))
+    node: Any = params
+    for part in key.path.split("/"):
+        if not isinstance(node, dict) or part not in node:
+            raise ValueError(f"{key.path} {list(expected)} is missing from the parameters; is this their config?")
+        node = node[part]
+    if isinstance(node, Quantised):
+        raise ValueError(f"{key.path} is quantised, which model files here are not; merge it into floats first")
+    if node.shape != expected:
+        raise ValueError(f"{key.path} has shape {list(node.shape)} where the config asks for {list(expected)}")
+    return node
+
+
+def _tensor(parts, leaves, layer, config) -> np.ndarray:
+    values = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
+    rows = [keys.to_file(x, key, config) for x, key in zip(values, parts, strict=True)]
+    return np.ascontiguousarray(np.concatenate(rows))
 
 
 def _weights(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path) -> Iterator[np.ndarray]:

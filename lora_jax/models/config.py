@@ -1,9 +1,10 @@
-"""What a decoder is made of, read from a Hugging Face `config.json` or from the metadata of a GGUF file."""
+"""What a decoder is made of, and how a Hugging Face `config.json` says it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from lora_jax.models import families, scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +17,25 @@ class DecoderConfig:
       context: positions it was trained on.
       norm_eps: added to the mean square in the norms.
       rope_base: base of the geometric series of rotary frequencies.
-      rope_factors: what each of the h/2 rotary frequencies is divided by; None for no scaling.
+      rope_factors: what each rotary frequency is divided by; None for no scaling.
       tied: the head is the transposed embedding.
+      rotary_dim: how many of a head's numbers are rotated; None for all.
+      rope_scale: multiplies what is rotated.
+      rope_stretch: stretches the series of frequencies over texts longer than the context; None for no stretching.
+      rope_long_factors, rope_original: the factors for texts longer than `rope_original`; None for the same ones.
+      local_rope_base: base for the sliding layers, whose frequencies are not scaled; None for no difference.
+      unrotated: for every layer whether it rotates nothing; () for none that does.
+      window: the last tokens, itself included, that a token sees; None for all.
+      sliding: for every layer whether it has the window; () for all.
+      qkv_bias, o_bias, mlp_bias: which projections add a bias.
+      qk_norm: queries and keys are normalised: "head" each head by itself, "all" all heads as one; None for not.
+      pre_norm, post_norm: attention and MLP have a norm before, and after them.
+      norm_offset: added to the scale of every norm.
+      activation: of the MLP's gate, a name of `modules.ACTIVATIONS`.
+      embed_scale, residual_scale, logit_scale: multiply the embedded tokens, what attention and MLP add to the
+        residual stream, and the logits.
+      attn_scale: multiplies the scores; None for 1/√h.
+      attn_cap, logit_cap: c·tanh(x/c) of scores and logits; None for no cap.
     """
 
     family: str
@@ -33,6 +51,34 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     rope_factors: tuple[float, ...] | None = None
     tied: bool = False
+    rotary_dim: int | None = None
+    rope_scale: float = 1.0
+    rope_stretch: float | None = None
+    rope_long_factors: tuple[float, ...] | None = None
+    rope_original: int | None = None
+    local_rope_base: float | None = None
+    unrotated: tuple[bool, ...] = ()
+    window: int | None = None
+    sliding: tuple[bool, ...] = ()
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attn_scale: float | None = None
+    attn_cap: float | None = None
+    logit_cap: float | None = None
+
+    @property
+    def untied(self) -> bool:
+        """The head has a matrix of its own."""
+        return not self.tied
 
 
 def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
@@ -48,109 +94,123 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
     Raises:
       ValueError: a field is missing, or asks for something this decoder does not compute.
     """
-    if config.get("model_type") != "llama":
-        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is not supported; use one of: llama")
-    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for name, value in required.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{source}: {name}={config[name]!r} is not supported, only {value!r}")
+    family = config.get("model_type")
+    if family not in families.UNSAID:
+        known = ", ".join(families.UNSAID)
+        raise ValueError(f"{source}: model_type {family!r} is not supported; use one of: {known}")
+    unsaid = families.UNSAID[family]
+    config = {**unsaid.defaults, **config}
     try:
         heads, dim = config["num_attention_heads"], config["hidden_size"]
-        head_dim = config.get("head_dim") or dim // heads
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_base = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
         read = DecoderConfig(
-            family="llama",
+            family=family,
             vocab=config["vocab_size"],
             dim=dim,
             hidden=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
+            head_dim=config.get("head_dim") or dim // heads,
             context=config["max_position_embeddings"],
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_base=rope_base,
-            rope_factors=_rope_factors(rope, rope_base, head_dim, source),
             tied=config.get("tie_word_embeddings", False),
+            activation=_activation(config, unsaid.activations, source),
+            **_rope(config, source),
+            **_window(config, source),
+            **_scales(config, unsaid.scaled_embedding),
+            **(_biases(config) | unsaid.properties),
         )
     except KeyError as missing:
         raise ValueError(f"{source}: the field {missing} is missing; is this a model's config.json?") from None
-    return _checked(read, source)
+    return checked(read, source)
 
 
-def from_gguf(
-    metadata: Mapping[str, Any],
-    tied: bool,
-    rope_factors: tuple[float, ...] | None = None,
-    source: str = "the GGUF file",
-) -> DecoderConfig:
-    """Reads the metadata of a GGUF file.
-
-    Args:
-      metadata: the file's key/value pairs.
-      tied: the file has no output matrix of its own.
-      rope_factors: the file's `rope_freqs` tensor, if it has one.
-      source: path named in error messages.
-
-    Returns:
-      The decoder's shape.
+def checked(config: DecoderConfig, source: str) -> DecoderConfig:
+    """The config, if its heads fit together.
 
     Raises:
-      ValueError: a field is missing, or asks for something this decoder does not compute.
+      ValueError: they do not.
     """
-    arch = metadata.get("general.architecture")
-    if arch != "llama":
-        raise ValueError(f"{source}: general.architecture {arch!r} is not supported; use one of: llama")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"{source}: llama.rope.scaling.type {scaling!r} is not supported")
-    if metadata.get("llama.expert_count", 0):
-        raise ValueError(f"{source}: {metadata['llama.expert_count']} experts per layer are not supported")
-    try:
-        heads, dim = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
-        read = DecoderConfig(
-            family=arch,
-            vocab=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
-            dim=dim,
-            hidden=metadata["llama.feed_forward_length"],
-            layers=metadata["llama.block_count"],
-            heads=heads,
-            kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-            head_dim=metadata.get("llama.attention.key_length", dim // heads),
-            context=metadata["llama.context_length"],
-            norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
-            rope_base=metadata.get("llama.rope.freq_base", 10_000.0),
-            rope_factors=rope_factors,
-            tied=tied,
-        )
-    except KeyError as missing:
-        raise ValueError(f"{source}: the metadata field {missing} is missing") from None
-    return _checked(read, source)
-
-
-def _checked(config: DecoderConfig, source: str) -> DecoderConfig:
     if config.heads % config.kv_heads:
         raise ValueError(f"{source}: {config.heads} query heads cannot share {config.kv_heads} key/value heads")
+    for name in ("sliding", "unrotated"):
+        if len(getattr(config, name)) not in (0, config.layers):
+            raise ValueError(f"{source}: {len(getattr(config, name))} layers are said to be {name} of {config.layers}")
     return config
 
 
-def _rope_factors(rope: Mapping[str, Any], base: float, head_dim: int, source: str) -> tuple[float, ...] | None:
-    """What a Hugging Face `rope_parameters` entry divides each frequency by."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    count = head_dim // 2
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (float(rope["factor"]),) * count
-    if kind != "llama3":
-        raise ValueError(f"{source}: rope type {kind!r} is not supported; use one of: default, linear, llama3")
-    # Frequencies that turn less than `low` times over the original context are slowed by `factor`,
-    # those that turn more than `high` times are kept, and the ones between are interpolated.
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    factors = []
-    for i in range(count):
-        turns = rope["original_max_position_embeddings"] * base ** (-2 * i / head_dim) / (2 * math.pi)
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        factors.append(1.0 / ((1 - kept) / factor + kept))
-    return tuple(factors)
+def _activation(config: Mapping[str, Any], known: Mapping[str, str], source: str) -> str:
+    name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if name not in known:
+        raise ValueError(f"{source}: activation {name!r} is not supported, only {' or '.join(known)}")
+    return known[name]
+
+
+def _biases(config: Mapping[str, Any]) -> dict[str, Any]:
+    attention = bool(config.get("attention_bias"))
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(config.get("mlp_bias"))}
+
+
+def _scales(config: Mapping[str, Any], scaled_embedding: bool) -> dict[str, Any]:
+    squared = config.get("query_pre_attn_scalar")
+    embed = config["hidden_size"] ** 0.5 if scaled_embedding else config.get("embedding_multiplier", 1.0)
+    return {
+        "embed_scale": float(embed),
+        "residual_scale": float(config.get("residual_multiplier", 1.0)),
+        "logit_scale": 1.0 / config.get("logits_scaling", 1.0),
+        "attn_scale": squared**-0.5 if squared else config.get("attention_multiplier"),
+        "attn_cap": config.get("attn_logit_softcapping"),
+        "logit_cap": config.get("final_logit_softcapping"),
+    }
+
+
+def _rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    local_base = config.get("rope_local_base_freq")
+    if "full_attention" in rope:  # one entry for each kind of layer
+        local, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(f"{source}: rope type {local['rope_type']!r} of sliding layers is not supported")
+        local_base = local.get("rope_theta", local_base)
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    context = config["max_position_embeddings"]
+    if config.get("original_max_position_embeddings"):
+        rope = {**rope, "original_max_position_embeddings": config["original_max_position_embeddings"]}
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    dim = int(head_dim * part)
+    return {
+        "rope_base": base,
+        "rotary_dim": None if dim == head_dim else dim,
+        "local_rope_base": local_base,
+        "unrotated": _unrotated(config),
+        **scaling.read(rope, base, dim, context, source),
+    }
+
+
+def _unrotated(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    layers, every = config["num_hidden_layers"], config.get("no_rope_layer_interval")
+    rotated = config.get("no_rope_layers") or [not every or (i + 1) % every for i in range(layers)]
+    return tuple(not r for r in rotated) if not all(rotated) else ()
+
+
+def _window(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Which layers are sliding, by the most explicit of the fields that say so."""
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(f"{source}: use_bidirectional_attention is not supported: tokens see earlier tokens only")
+    width, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if width is None or not config.get("use_sliding_window", True):
+        return {}
+    if types := config.get("layer_types"):
+        if unknown := set(types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"{source}: layer_types {', '.join(sorted(unknown))} is not supported")
+        sliding = tuple(kind == "sliding_attention" for kind in types)
+    elif every := config.get("sliding_window_pattern"):
+        sliding = tuple((i + 1) % every != 0 for i in range(layers))
+    elif unrotated := _unrotated(config):
+        sliding = unrotated
+    else:
+        sliding = tuple(i >= config.get("max_window_layers", 0) for i in range(layers))
+    if not any(sliding):
+        return {}
+    return {"window": width, "sliding": () if all(sliding) else sliding}

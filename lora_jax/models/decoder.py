@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.models import attention
+from lora_jax.models import attention, rope
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.modules import Decoder
 
@@ -92,8 +92,12 @@ def hidden(
     """
     model = _model(params, config)
     _check(prefix, config, tokens_BT.shape[1] if positions_BT is None else 0)
-    x_BTD = model.embed.embedding[...][tokens_BT]
+    x_BTD = _embedded(model.embed.embedding[...][tokens_BT], config)
     return model.final_norm(_layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0])
+
+
+def _embedded(x: jax.Array, config: DecoderConfig) -> jax.Array:
+    return x if config.embed_scale == 1 else config.embed_scale * x
 
 
 def keys_values(params: Params, x_ND: jax.Array, config: DecoderConfig, remat: str = "none") -> KeysValues:
@@ -101,7 +105,7 @@ def keys_values(params: Params, x_ND: jax.Array, config: DecoderConfig, remat: s
 
     Args:
       params: nested dict of arrays as `init` makes it.
-      x_ND: the tokens as they enter the first layer, such as rows of the embedding, at positions 0 to N - 1.
+      x_ND: the tokens, as rows of the embedding or vectors in place of them, at positions 0 to N - 1.
       config: the decoder's shape.
       remat: as `hidden`.
 
@@ -109,7 +113,7 @@ def keys_values(params: Params, x_ND: jax.Array, config: DecoderConfig, remat: s
       Keys and values, each [L, N, K, h], in the dtype of the embedding: a `prefix` for texts that begin with them.
     """
     model = _model(params, config)
-    x_BTD = x_ND[None].astype(model.embed.embedding[...].dtype)
+    x_BTD = _embedded(x_ND[None].astype(model.embed.embedding[...].dtype), config)
     _, (k_LBNKh, v_LBNKh) = _layers(model, x_BTD, config, None, None, remat, None, keep=True)
     return k_LBNKh[:, 0], v_LBNKh[:, 0]
 
@@ -121,20 +125,42 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
     B, T, _ = x_BTD.shape
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    angles = attention.rotary(_shifted(positions_BT, prefix), config)
+    angles = rope.rotary(_shifted(positions_BT, prefix), config)
     layer_graph, layers = nnx.split(model.layers)
 
-    def body(x_BTD, layer_and_prefix):
-        layer, prefix_NKh = layer_and_prefix
+    def body(x_BTD, xs):
+        layer, varying, prefix_NKh = xs
+        window = varying.get("window", config.window)
 
         def attend(q, k, v):
-            return attention.causal(q, k, v, segments_BT, prefix_NKh), (k, v) if keep else None
+            mixed = attention.causal(q, k, v, segments_BT, prefix_NKh, window, config.attn_scale, config.attn_cap)
+            return mixed, (k, v) if keep else None
 
-        return nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
+        return nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(body, x_BTD, (layers, prefix))
+    return jax.lax.scan(body, x_BTD, (layers, _varying(config), prefix))
+
+
+def _varying(config: DecoderConfig) -> dict[str, jax.Array]:
+    """What differs from layer to layer beside the parameters, scanned with them; nothing where all are alike."""
+    varying = {}
+    if config.sliding:
+        everything = jnp.iinfo(jnp.int32).max
+        varying["window"] = jnp.array([config.window if s else everything for s in config.sliding], jnp.int32)
+    other = config.unrotated if config.local_rope_base is None else config.sliding
+    if any(other):
+        varying["other_angles"] = jnp.array(other, jnp.int32)
+    return varying
+
+
+def _angles_of(varying: dict[str, jax.Array], angles: rope.Angles) -> rope.Angles:
+    """The angles of a layer, of the two that `rotary` gives where layers differ."""
+    if "other_angles" not in varying:
+        return angles
+    sin, cos = angles
+    return sin[varying["other_angles"]], cos[varying["other_angles"]]
 
 
 def _shifted(positions_BT: jax.Array, prefix: KeysValues | None) -> jax.Array:
@@ -160,12 +186,15 @@ def head(params: Params, hidden_BTD: jax.Array, config: DecoderConfig) -> jax.Ar
         kernel, axis = params["embed"]["embedding"], 1
     else:
         kernel, axis = params["head"]["kernel"], 0
-    return jax.lax.dot_general(
+    logits_BTV = jax.lax.dot_general(
         hidden_BTD,
         kernel.astype(hidden_BTD.dtype),
         (((hidden_BTD.ndim - 1,), (axis,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    if config.logit_scale != 1:
+        logits_BTV = config.logit_scale * logits_BTV
+    return attention.capped(logits_BTV, config.logit_cap)
 
 
 def forward(
@@ -219,7 +248,7 @@ def forward_with_cache(
     T = tokens_BT.shape[1]
     model = _model(params, config)
     _check(prefix, config, cache["positions"].shape[1])
-    angles = attention.rotary(_shifted(positions_BT, prefix), config)
+    angles = rope.rotary(_shifted(positions_BT, prefix), config)
     start = cache["length"]
     positions_BS = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, (0, start))
     mask_BTS = (positions_BS >= 0)[:, None, :] & (positions_BS[:, None, :] <= positions_BT[:, :, None])
@@ -227,7 +256,11 @@ def forward_with_cache(
 
     def body(carry, xs):
         x_BTD, k_LBKSh, v_LBKSh = carry
-        layer, index, prefix_NKh = xs
+        layer, index, varying, prefix_NKh = xs
+        window = varying.get("window", config.window)
+        seen_BTS = mask_BTS
+        if window is not None:
+            seen_BTS = seen_BTS & (positions_BT[:, :, None] - positions_BS[:, None, :] < window)
 
         def written(cache_LBKSh, x_BTKh):
             x_LBKTh = x_BTKh.swapaxes(1, 2)[None].astype(cache_LBKSh.dtype)
@@ -236,13 +269,14 @@ def forward_with_cache(
         def attend(q, k, v):
             # The whole cache is carried and written in place: as scanned outputs it would be copied.
             new_k, new_v = written(k_LBKSh, k), written(v_LBKSh, v)
-            return attention.masked(q, new_k[index], new_v[index], mask_BTS, prefix_NKh), (new_k, new_v)
+            seen = new_k[index], new_v[index], seen_BTS, prefix_NKh
+            return attention.masked(q, *seen, config.attn_scale, config.attn_cap), (new_k, new_v)
 
-        x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, angles, attend)
+        x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
         return (x_BTD, new_k, new_v), None
 
-    carry = (model.embed.embedding[...][tokens_BT], cache["k"], cache["v"])
-    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), prefix))
+    carry = (_embedded(model.embed.embedding[...][tokens_BT], config), cache["k"], cache["v"])
+    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), _varying(config), prefix))
     last_B = jnp.argmax(positions_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     logits_BV = head(params, model.final_norm(x_BD), config)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import attention
+from lora_jax.models import rope
 from lora_jax.models.config import DecoderConfig
 
 
@@ -28,24 +28,40 @@ class Projection(nnx.Module):
         return checkpoint_name(x_ND @ kernel.reshape(x_ND.shape[-1], -1), "kept")
 
 
-class RMSNorm(nnx.Module):
-    """x / √(mean x² + ε) · scale, in float32."""
+class Biased(Projection):
+    """x·W + b; b has the kernel's output axes."""
 
-    def __init__(self, dim: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.eps = eps
+    def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs, contract: int = 1):
+        super().__init__(shape, rngs, contract)
+        self.bias = nnx.Param(jnp.zeros(shape[contract:]))
+
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        """The product and the bias, in the dtype of x."""
+        return super().__call__(x_ND) + self.bias[...].astype(x_ND.dtype).reshape(1, -1)
+
+
+def _projection(shape: tuple[int, ...], rngs: nnx.Rngs, contract: int = 1, bias: bool = False) -> Projection:
+    return (Biased if bias else Projection)(shape, rngs, contract)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + ε) · (scale + offset), in float32."""
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(dim, 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The normalised x, in its dtype."""
-        return normalised(x, self.scale[...], self.eps)
+        return normalised(x, self.scale[...], self.eps, self.offset)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def normalised(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def normalised(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """RMSNorm, its backward pass keeping x alone, in its own dtype."""
-    x32 = x.astype(jnp.float32)
+    x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return (normed * (scale + offset if offset else scale)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -56,42 +72,61 @@ class Embedding(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and a gated MLP, each with a norm before it and a residual around it."""
+    """Attention and a gated MLP, each with its norms and a residual around it."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        D, F, H, K, h = config.dim, config.hidden, config.heads, config.kv_heads, config.head_dim
-        self.head_dim = h
-        self.attn_norm = RMSNorm(D, config.norm_eps)
-        self.q_proj = Projection((D, H, h), rngs)
-        self.k_proj = Projection((D, K, h), rngs)
-        self.v_proj = Projection((D, K, h), rngs)
-        self.o_proj = Projection((H, h, D), rngs, contract=2)
-        self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_proj = Projection((D, F), rngs)
-        self.up_proj = Projection((D, F), rngs)
-        self.down_proj = Projection((F, D), rngs)
+        c = self.config = config
+        D, F, H, K, h = c.dim, c.hidden, c.heads, c.kv_heads, c.head_dim
+        norm = functools.partial(RMSNorm, eps=c.norm_eps, offset=c.norm_offset)
+        if c.pre_norm:
+            self.attn_norm, self.mlp_norm = norm(D), norm(D)
+        if c.post_norm:
+            self.attn_post_norm, self.mlp_post_norm = norm(D), norm(D)
+        q_norm, k_norm = (norm(n * h if c.qk_norm == "all" else h) if c.qk_norm else None for n in (H, K))
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self.q_proj = _projection((D, H, h), rngs, bias=c.qkv_bias)
+        self.k_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
+        self.v_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
+        self.o_proj = _projection((H, h, D), rngs, contract=2, bias=c.o_bias)
+        self.gate_proj = _projection((D, F), rngs, bias=c.mlp_bias)
+        self.up_proj = _projection((D, F), rngs, bias=c.mlp_bias)
+        self.down_proj = _projection((F, D), rngs, bias=c.mlp_bias)
 
-    def __call__(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Callable):
+    def __call__(self, x_BTD: jax.Array, angles: rope.Angles, attend: Callable):
         """The layer's output, and whatever `attend(q, k, v)` returns beside its own."""
+        c = self.config
         B, T, D = x_BTD.shape
-        heads = (B, T, -1, self.head_dim)
+        heads = (B, T, -1, c.head_dim)
         # Products see all tokens as the rows of one matrix: with two row axes, XLA transposes the operands of
         # every gradient product.
         x_ND = x_BTD.reshape(B * T, D)
-        n_ND = self.attn_norm(x_ND)
-        q_BTHh = attention.rotate(self.q_proj(n_ND).reshape(heads), *angles)
-        k_BTKh = attention.rotate(self.k_proj(n_ND).reshape(heads), *angles)
+        n_ND = self.attn_norm(x_ND) if c.pre_norm else x_ND
+        q_BTHh = rope.rotate(_by_width(self.q_norm, self.q_proj(n_ND)).reshape(heads), *angles)
+        k_BTKh = rope.rotate(_by_width(self.k_norm, self.k_proj(n_ND)).reshape(heads), *angles)
         mixed_BTHh, extra = attend(q_BTHh, k_BTKh, self.v_proj(n_ND).reshape(heads))
-        x_ND = x_ND + self.o_proj(checkpoint_name(mixed_BTHh.reshape(B * T, -1), "kept"))
-        n_ND = self.mlp_norm(x_ND)
-        x_ND = x_ND + self.down_proj(gated(self.gate_proj(n_ND), self.up_proj(n_ND)))
+        new_ND = self.o_proj(checkpoint_name(mixed_BTHh.reshape(B * T, -1), "kept"))
+        x_ND = self._added(x_ND, self.attn_post_norm(new_ND) if c.post_norm else new_ND)
+        n_ND = self.mlp_norm(x_ND) if c.pre_norm else x_ND
+        new_ND = self.down_proj(gated(self.gate_proj(n_ND), self.up_proj(n_ND), c.activation))
+        x_ND = self._added(x_ND, self.mlp_post_norm(new_ND) if c.post_norm else new_ND)
         return x_ND.reshape(B, T, D), extra
 
+    def _added(self, x_ND: jax.Array, new_ND: jax.Array) -> jax.Array:
+        return x_ND + (new_ND if self.config.residual_scale == 1 else self.config.residual_scale * new_ND)
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate)·up, its backward pass keeping the two inputs only."""
-    return jax.nn.silu(gate) * up
+
+def _by_width(norm: RMSNorm | None, x_ND: jax.Array) -> jax.Array:
+    """The norm of every run of numbers that is as wide as its scale."""
+    return x_ND if norm is None else norm(x_ND.reshape(-1, norm.scale[...].size)).reshape(x_ND.shape)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def gated(gate: jax.Array, up: jax.Array, activation: str = "silu") -> jax.Array:
+    """act(gate)·up, its backward pass keeping the two inputs only."""
+    return ACTIVATIONS[activation](gate) * up
 
 
 class Decoder(nnx.Module):
@@ -100,6 +135,6 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.embed = Embedding(config.vocab, config.dim, rngs)
         self.layers = nnx.vmap(lambda r: Layer(config, r))(rngs.split(config.layers))
-        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.final_norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         if not config.tied:
             self.head = Projection((config.dim, config.vocab), rngs)
