@@ -43,8 +43,6 @@ FILES = {
     "phi3": {},
     "phi3, long": {"rope_scaling": {"type": "longrope", **LONG}, "partial_rotary_factor": 0.75}
     | {"original_max_position_embeddings": 32},
-    "phi3, su": {"rope_scaling": {"type": "su", **LONG}, "partial_rotary_factor": 0.75}
-    | {"original_max_position_embeddings": 32},
     "phi3, yarn": {"rope_scaling": {"type": "yarn", **LONG}, "original_max_position_embeddings": 32}
     | {"partial_rotary_factor": 0.75},
     "olmo2": {"rope_theta": 5e5},
