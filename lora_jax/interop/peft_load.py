@@ -109,7 +109,7 @@ class _Reader:
         scales = {name: alphas[name] / (math.sqrt(r) if rooted else r) for name, r in ranks.items()}
         dora = bool(s.values.get("use_dora"))
         for name in targets:
-            if layout.embedding(self.modules[name].key) or self.modules[name].key.path == keys.HEAD:
+            if layout.embedding(self.modules[name].key) or self.modules[name].key.path == "head/kernel":
                 self._alone(name)
                 self.copies[f"{PREFIX}{name}.base_layer.weight"] = self.modules[name]
         self._expect(targets, lambda key: self._parts(key, dora), ranks)
