@@ -211,8 +211,6 @@ def extract(base: Tree, tuned: Tree, sites: Sites, spec: Spec) -> Approximation:
         if path not in before:
             raise ValueError(f"no parameter {path!r} in these checkpoints; nearest: {nearest(path, before)}")
         like.check(path, before[path].shape)
-        if not like.scale:
-            raise ValueError(f"the spec's scale for {path!r} is 0, and no factors times 0 give a difference")
         two = [deltas.weight_matrices(leaves[path], like.axes) for leaves in (before, after)]
         a, b, lost, whole = deltas.difference(*two, like.rank)
         adapters[path] = deltas.refactored(like, a, b / like.scale, like.scale)

@@ -42,6 +42,11 @@ def made(tmp_path_factory):
 
 
 every_case = pytest.mark.parametrize("case", tiny_families.CASES)
+# What has most of the properties stands for all but in the slow tests.
+QUICK = ("Gemma 3 text", "Phi-4-mini")
+case_by_case = pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in tiny_families.CASES]
+)
 
 
 @every_case
@@ -53,7 +58,7 @@ def test_logits(made, case):
     assert np.abs(ours - np.array(tiny_families.logits(case, x[:, ::-1]))).max() > 0.1
 
 
-@every_case
+@case_by_case
 def test_padding(made, case):
     _, config, params = made(case)
     x, real = tokens(), np.ones((2, 20), int)
@@ -65,7 +70,7 @@ def test_padding(made, case):
     assert np.abs(leaking - theirs).max() > 1e-3
 
 
-@every_case
+@case_by_case
 def test_packing(made, case):
     _, config, params = made(case)
     x = tokens()
@@ -75,7 +80,7 @@ def test_packing(made, case):
     assert np.abs(forward(params, x, config, positions, np.ones_like(x)) - theirs).max() > 1e-3
 
 
-@every_case
+@case_by_case
 def test_generation(made, case):
     _, config, params = made(case)
     prompts = tokens(3, 9)
@@ -104,7 +109,7 @@ def test_load_and_export(made, tmp_path, case, shard_bytes):
     assert (tmp_path / reader.INDEX).is_file() == (shard_bytes < 2**30)
 
 
-@every_case
+@case_by_case
 def test_adapters(made, case):
     """Trace, init, lift, gradients and merge."""
     _, config, params = made(case)

@@ -30,7 +30,9 @@ def factor_products(sites, rows):
     return total
 
 
-@pytest.mark.parametrize("make", GALLERY)
+@pytest.mark.parametrize(
+    "make", [pytest.param(f, marks=pytest.mark.slow) if f is gallery_flax.gemma_transformer else f for f in GALLERY]
+)
 def test_a_model_it_has_never_seen(make):
     f, params, x, rows = make()
     sites = lora.trace(f, params, x)

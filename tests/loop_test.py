@@ -21,6 +21,7 @@ def test_config_files_say_what_to_expect_and_can_be_meant(path):
     names: dict = {}
     exec(compile(source, path, "exec"), names)
     config = names["get_config"]()
+    config = config.get("sft", config)  # a comparison's experiment
     settings.check(config)
     with pytest.raises(AttributeError, match="locked"):
         config.optim.learning_rate = 1.0
@@ -28,10 +29,10 @@ def test_config_files_say_what_to_expect_and_can_be_meant(path):
 
 def test_schedules():
     config = settings.sft()
-    config.optim.lr, config.steps = 1.0, 4
-    np.testing.assert_allclose([settings.schedule(config)(i) for i in range(4)], [1, 0.75, 0.5, 0.25])
+    config.steps = 4
+    np.testing.assert_allclose([settings.schedule(config, 1.0)(i) for i in range(4)], [1, 0.75, 0.5, 0.25])
     config.optim.schedule = "constant"
-    np.testing.assert_allclose([settings.schedule(config)(i) for i in range(4)], 1)
+    np.testing.assert_allclose([settings.schedule(config, 1.0)(i) for i in range(4)], 1)
 
 
 def test_what_happened_after_a_checkpoint_is_recorded_once(tmp_path):

@@ -123,7 +123,7 @@ def check(f, q, adapters, floats, x, jit=True):
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [r if r != "eager" else pytest.param(r, marks=SLOW) for r in RUNS])
 def test_equals_the_arrays(format, run):
     f = functools.partial(model, run=RUNS[run])
     q, adapters = setting(f, weights(), IDS, format)
@@ -134,10 +134,9 @@ def test_equals_the_arrays(format, run):
 TINY = dataclasses.replace(SMOLLM2, vocab=40, dim=24, hidden=40, layers=2, heads=2, kv_heads=1, head_dim=12)
 
 
+@pytest.mark.slow
 @EVERY_FORMAT
-@pytest.mark.parametrize(
-    ("remat", "tied"), [("full", True), *(pytest.param(*x, marks=SLOW) for x in (("none", False), ("dots", False)))]
-)
+@pytest.mark.parametrize(("remat", "tied"), [("full", True), ("none", False), ("dots", False)])
 def test_decoder(format, remat, tied):
     config = dataclasses.replace(TINY, tied=tied)
     params = decoder.init(jax.random.key(0), config)

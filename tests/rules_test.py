@@ -43,6 +43,7 @@ def products(draw):
     return equation, left, [sizes[name] for name in weight], [sizes[name] for name in data], axes
 
 
+@pytest.mark.slow  # moves_test.py has products with moves before them
 @given(products(), st.integers(0, 100))
 def test_any_product(case, seed):
     equation, left, weight_shape, data_shape, axes = case
@@ -74,6 +75,7 @@ def test_dtypes(dtype, preferred):
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=8 * epsilon * np.abs(exact).max())
 
 
+@pytest.mark.slow  # and convolutions
 @given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.sampled_from(["SAME", "VALID"]), st.integers(0, 9))
 def test_convolution(groups, stride, dilation, padding, seed):
     keys = jax.random.split(jax.random.key(seed), 3)
