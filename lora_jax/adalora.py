@@ -82,8 +82,10 @@ def adalora(
         matrices = sum(math.prod(adapter.e.shape[:-1]) for adapter in adapters.values())
         if rank * matrices >= values:
             raise ValueError(f"nothing to prune: rank={rank} keeps all {values / matrices:g} singular values a matrix")
-        zeros = jax.tree.map(jnp.zeros_like, adapters)
-        return PruningState(jnp.zeros((), jnp.int32), zeros, zeros, tx.init(adapters))
+        means, spreads = (
+            jax.tree.map(jnp.zeros_like, adapters) for _ in range(2)
+        )  # apart, so that each can be donated
+        return PruningState(jnp.zeros((), jnp.int32), means, spreads, tx.init(adapters))
 
     def update(gradients: Any, state: Any, adapters: Any = None) -> tuple[Any, Any]:
         if adapters is None:

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lora_jax.fingerprint import fingerprint as fingerprint
-from lora_jax.tree import leaves_by_path, nbytes, replace
+from lora_jax.tree import nbytes
 
 MANIFEST = "manifest.json"
 
@@ -185,18 +185,23 @@ def load(folder: str | os.PathLike, like: Any, base: str) -> Any:
         raise ValueError(f"{path}: trained over a base with fingerprint {saved}; this one has {base}")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as reader:
-        # The shapes are the file's: ranks may have been chosen by the data.
-        saved = leaves_by_path(reader.metadata(path / "trainable").item_metadata.tree)
-        here = leaves_by_path(like)
-        if sorted(saved) != sorted(here):
-            other = sorted({*saved} ^ {*here})
-            raise ValueError(
-                f"{path}: it and what was asked for differ in {other[0]!r}; use the settings it was trained with"
-            )
-        like = replace(
-            like, {p: jax.ShapeDtypeStruct(saved[p].shape, x.dtype, sharding=sharding) for p, x in here.items()}
+        # The shapes are the file's: ranks may have been chosen by the data. Orbax names leaves by all of their keys.
+        saved = {_name(keys): leaf for keys, leaf in _named(reader.metadata(path / "trainable").item_metadata.tree)}
+        here = [_name(keys) for keys, _ in _named(like)]
+        if other := sorted({*saved} ^ {*here}):
+            raise ValueError(f"{path}: has another tree, such as {other[0]!r}; use the settings it was trained with")
+        like = jax.tree_util.tree_map_with_path(
+            lambda keys, x: jax.ShapeDtypeStruct(saved[_name(keys)].shape, x.dtype, sharding=sharding), like
         )
         return reader.restore(path / "trainable", like)
+
+
+def _named(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _name(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _item(state: State) -> dict[str, Any]:
