@@ -28,15 +28,27 @@ class Axes(NamedTuple):
     out: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """What an array of an adapter has for axes: the weight's, in the array's own order, and `None` for the rank."""
+
+    axes: tuple[int | None, ...]
+
+
 class Adapter(Protocol):
     """What every method provides."""
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of the weight, by their use."""
+        ...
 
     def factored(self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None) -> Any:
         """The adapted weight (`Factored`), given the base's and what adapters have in common."""
         ...
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the adapter fits a weight of this shape."""
+    def layout(self) -> Self:
+        """The adapter with an `Along` in place of every array."""
         ...
 
     def trained(self) -> Self:
@@ -73,22 +85,23 @@ def _data(adapter: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(adapter) if not field.metadata.get("static")]
 
 
-def fits(
-    path: str, shape: Sequence[int], axes: Axes, arrays: Mapping[str, tuple[jax.Array, tuple[int, ...]]], rank: int = 0
-) -> None:
-    """Raises ValueError unless arrays have the axes of a weight that they should.
+def check(adapter: Adapter, path: str, shape: Sequence[int]) -> None:
+    """Raises ValueError unless an adapter fits a weight.
 
     Args:
+      adapter: of any method.
       path: the weight's.
       shape: the weight's.
-      axes: all of its axes, by their use.
-      arrays: each array with the weight's axes that it should have, in its order.
-      rank: the size of a last axis, 0 for none.
     """
-    known = sorted(axis for group in axes for axis in group) == list(range(len(shape)))
-    for name, (array, own) in arrays.items():
-        want = [shape[axis] for axis in own if axis < len(shape)] + ([rank] if rank else [])
+    known = sorted(axis for group in adapter.axes for axis in group) == list(range(len(shape)))
+    places = jax.tree.leaves(adapter.layout(), is_leaf=lambda node: isinstance(node, Along))
+    arrays = jax.tree_util.tree_leaves_with_path(adapter)
+    have = [zip(place.axes, array.shape, strict=False) for place, (_, array) in zip(places, arrays, strict=True)]
+    rank = next((n for pairs in have for axis, n in pairs if axis is None), 0)
+    for place, (keys, array) in zip(places, arrays, strict=True):
+        want = [rank if axis is None else shape[axis] for axis in place.axes if axis is None or axis < len(shape)]
         if list(array.shape) != want or not known:
+            name = jax.tree_util.keystr(keys[-1:], simple=True)
             raise ValueError(
                 f"the adapter of {path!r} does not fit its weight {list(shape)}: "
                 f"{name} is {list(array.shape)}, should be {want}"

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import deltas
-from lora_jax.adapters import fold_path
+from lora_jax.adapters import check, fold_path
 from lora_jax.grouping import Adapters, checked, grouped, understood, written_out
 from lora_jax.methods import LoRA
 from lora_jax.spec import Spec
@@ -210,7 +210,7 @@ def extract(base: Tree, tuned: Tree, sites: Sites, spec: Spec) -> Approximation:
     for path, like in jax.eval_shape(shapes_of, jax.random.key(0)).items():
         if path not in before:
             raise ValueError(f"no parameter {path!r} in these checkpoints; nearest: {nearest(path, before)}")
-        like.check(path, before[path].shape)
+        check(like, path, before[path].shape)
         two = [deltas.weight_matrices(leaves[path], like.axes) for leaves in (before, after)]
         a, b, lost, whole = deltas.difference(*two, like.rank)
         adapters[path] = deltas.refactored(like, a, b / like.scale, like.scale)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from lora_jax.adapters import Axes, factor, fits, marked
+from lora_jax.adapters import Along, Axes, factor, marked
 from lora_jax.factored import After, Factored
 from lora_jax.stored import weight
 
@@ -40,11 +40,10 @@ class Bottleneck:
         after = After(factor(self.down, own), factor(self.up, own), jax.nn.gelu)
         return Factored(weight(w), after=after, path=path)
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless both matrices fit the weight's output."""
-        own = (*self.axes.stacked, *self.axes.out)
-        arrays = {"down": (self.down, own), "up": (self.up, own)}
-        fits(path, shape, self.axes, arrays, self.down.shape[-1])
+    def layout(self) -> Bottleneck:
+        """Both along the output."""
+        own = Along((*self.axes.stacked, *self.axes.out, None))
+        return dataclasses.replace(self, down=own, up=own)
 
     def trained(self) -> Bottleneck:
         """Both matrices."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Axes, factor, marked
+from lora_jax.adapters import Along, Axes, factor, marked
 from lora_jax.factored import Factored
 from lora_jax.lift import attach, lift
 from lora_jax.methods import LoRA
@@ -34,8 +34,8 @@ class _Moments:
     ) -> Factored:
         return Factored(weight(w), moments=factor(self.moments, (*self.axes.stacked, *self.axes.inp)), path=path)
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        pass  # it is made from the shape
+    def layout(self) -> _Moments:
+        return _Moments(Along((*self.axes.stacked, *self.axes.inp, None)), self.axes)  # type: ignore[arg-type]
 
     def trained(self) -> _Moments:
         return marked(self)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Axes, factor, fits, marked
+from lora_jax.adapters import Along, Axes, factor, marked
 from lora_jax.factored import Factored
 from lora_jax.stored import weight
 
@@ -31,10 +31,14 @@ class Leaf:
         """The value in the base's dtype."""
         return Factored(self.value.astype(w.dtype), path=path)
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless it has the leaf's shape."""
-        everything = tuple(range(len(shape)))
-        fits(path, shape, Axes(everything, (), ()), {"value": (self.value, everything)})
+    @property
+    def axes(self) -> Axes:
+        """Each stands for itself."""
+        return Axes(tuple(range(self.value.ndim)), (), ())
+
+    def layout(self) -> Leaf:
+        """As the leaf."""
+        return Leaf(Along(self.axes.stacked))  # type: ignore[arg-type]
 
     def trained(self) -> Leaf:
         """All of it."""
@@ -61,6 +65,8 @@ class Rows:
     ) -> Factored:
         """The weight: one factor selects, the other holds what is added."""
         (table,) = (w.shape[axis] for axis in self.axes.inp)
+        if max(self.rows) >= table:
+            raise ValueError(f"{path!r} has {table} rows: there is no row {max(self.rows)} to train")
         chosen = (jnp.arange(table)[:, None] == jnp.array(self.rows)).astype(self.delta.dtype)
         return Factored(
             weight(w),
@@ -69,11 +75,9 @@ class Rows:
             path=path,
         )
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the rows are the embedding's."""
-        fits(path, shape, self.axes, {"delta": (jnp.moveaxis(self.delta, 0, -1), self.axes.out)}, len(self.rows))
-        if max(self.rows) >= shape[self.axes.inp[0]]:
-            raise ValueError(f"{path!r} has {shape[self.axes.inp[0]]} rows: there is no row {max(self.rows)} to train")
+    def layout(self) -> Rows:
+        """The rows are what the sum of factors runs over."""
+        return dataclasses.replace(self, delta=Along((None, *self.axes.out)))
 
     def trained(self) -> Rows:
         """What is added."""

@@ -14,7 +14,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 import lora_jax.manual
 import lora_jax.products  # noqa: F401  registers its rules
 from lora_jax import _jaxpr
-from lora_jax.adapters import SHARED, Adapter, weights
+from lora_jax.adapters import SHARED, Adapter, check, weights
 from lora_jax.control import CONTROL
 from lora_jax.factored import Factored
 from lora_jax.rules import RULES, NoRule
@@ -62,7 +62,7 @@ def attach(params: Tree, adapters: Mapping[str, Adapter], key: jax.Array | None 
             continue
         if path not in leaves:
             raise ValueError(f"no parameter {path!r} for this adapter; nearest: {nearest(path, leaves)}")
-        adapter.check(path, leaves[path].shape)
+        check(adapter, path, leaves[path].shape)
     return Attached(params, adapters, key)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Axes, dropout_keys, factor, fits, marked
+from lora_jax.adapters import Along, Axes, dropout_keys, factor, marked
 from lora_jax.factored import Factored
 from lora_jax.stored import weight
 
@@ -74,9 +74,10 @@ class LoRA:
             dropout=self.dropout,
         )
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless `a` and `b` fit a weight of this shape."""
-        fits(path, shape, self.axes, {"a": (self.a, self._axes("a")), "b": (self.b, self._axes("b"))}, self.rank)
+    def layout(self) -> LoRA:
+        """Both end in the rank."""
+        a, b = (Along((*self._axes(name), None)) for name in ("a", "b"))
+        return dataclasses.replace(self, a=a, b=b, start=self.start and (a, b))
 
     def trained(self) -> LoRA:
         """`a` and `b`, but those that are frozen, and never where they started."""
@@ -110,18 +111,21 @@ class DoRA:
         self, w: Any, path: str, key: jax.Array | None = None, shared: Mapping[str, Any] | None = None
     ) -> Factored:
         """The weight; dropout acts on the low-rank part alone."""
-        stacked, inp, out = self.lora.axes
+        stacked, inp, out = self.axes
         return dataclasses.replace(
             self.lora.factored(w, path, key),
             gain=factor(self.m[..., None], (*stacked, *out)),
             fan_in=math.prod(w.shape[axis] for axis in inp),
         )
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the factors and the magnitudes fit a weight of this shape."""
-        self.lora.check(path, shape)
-        stacked, _, out = axes = self.lora.axes
-        fits(path, shape, axes, {"m": (self.m, (*stacked, *out))})
+    @property
+    def axes(self) -> Axes:
+        """The axes of the weight, by their use."""
+        return self.lora.axes
+
+    def layout(self) -> DoRA:
+        """A magnitude for every column."""
+        return DoRA(self.lora.layout(), Along((*self.axes.stacked, *self.axes.out)))  # type: ignore[arg-type]
 
     def trained(self) -> DoRA:
         """The magnitudes, and what of the factors is trained."""
@@ -160,11 +164,11 @@ class AdaLoRA:
         lora = LoRA(self.a, self.b, self.scale, self.axes, self.dropout).factored(w, path, key)
         return dataclasses.replace(lora, a=(*lora.a, factor(self.e, self.axes.stacked)))
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the factors fit a weight of this shape."""
+    def layout(self) -> AdaLoRA:
+        """All end in the rank."""
         stacked, inp, out = self.axes
-        arrays = {"a": (self.a, (*stacked, *inp)), "e": (self.e, stacked), "b": (self.b, (*stacked, *out))}
-        fits(path, shape, self.axes, arrays, self.a.shape[-1])
+        a, e, b = (Along((*stacked, *own, None)) for own in (inp, (), out))
+        return dataclasses.replace(self, a=a, e=e, b=b)
 
     def trained(self) -> AdaLoRA:
         """All of it."""
@@ -183,6 +187,10 @@ class Projections:
 
     a: jax.Array
     b: jax.Array
+
+    def layout(self) -> Projections:
+        """No weight's."""
+        return Projections(Along((None, None)), Along((None, None)))  # type: ignore[arg-type]
 
     def trained(self) -> Projections:
         """Nothing."""
@@ -235,11 +243,10 @@ class VeRA:
             dropout=self.dropout,
         )
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the vectors fit a weight of this shape."""
+    def layout(self) -> VeRA:
+        """One along the rank, one along the out axes."""
         stacked, _, out = self.axes
-        fits(path, shape, self.axes, {"d": (self.d, stacked)}, self.d.shape[-1])
-        fits(path, shape, self.axes, {"e": (self.e, (*stacked, *out))})
+        return dataclasses.replace(self, d=Along((*stacked, None)), e=Along((*stacked, *out)))
 
     def trained(self) -> VeRA:
         """Both vectors."""
@@ -271,9 +278,9 @@ class IA3:
         """The weight: a gain, and no factors."""
         return Factored(weight(w), gain=factor(self.l[..., None], self._axes()), path=path)
 
-    def check(self, path: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless the vector fits a weight of this shape."""
-        fits(path, shape, self.axes, {"l": (self.l, self._axes())})
+    def layout(self) -> IA3:
+        """Along one side."""
+        return dataclasses.replace(self, l=Along(self._axes()))
 
     def trained(self) -> IA3:
         """The vector."""

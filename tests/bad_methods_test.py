@@ -151,7 +151,7 @@ def test_attached_to_other_parameters(method):
 def test_rows_of_a_larger_embedding():
     adapters = made(METHODS["rows"])
     smaller = {**parameters(), "embed": jnp.ones((5, D))}
-    refused("'embed' has 5 rows: there is no row 5 to train", lora.attach, smaller, adapters)
+    refused("'embed' has 5 rows: there is no row 5 to train", lora.merge, smaller, adapters)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -7,6 +7,7 @@ import numpy as np
 from oracle import adapter, dense_delta
 
 from lora_jax import Axes
+from lora_jax.adapters import check
 
 WEIGHTS = {
     "dense": ((6, 8), Axes((), (0,), (1,))),
@@ -46,4 +47,4 @@ def assert_delta(adapters, path, want, tolerance=1e-5):
     """This adapter fits its weight and stands for this delta."""
     got = dense_delta(adapters[path])
     np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
-    adapters[path].check(path, WEIGHTS[path][0])
+    check(adapters[path], path, WEIGHTS[path][0])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, check
 from lora_jax.fingerprint import fingerprint
 from lora_jax.grouping import written_out
 from lora_jax.interop import peft_config, peft_soft
@@ -105,7 +105,7 @@ class _Writer:
         if not methods and any(isinstance(x, Leaf) for x in own.values()):
             raise ValueError("PEFT saves whole parameters beside adapters only, and there are none: merge them instead")
         for path, adapter in own.items():
-            adapter.check(path, base[path].shape)
+            check(adapter, path, base[path].shape)
             self._add(self.table[path], path, adapter)
         if self.kind == "VERA":
             self._projections()

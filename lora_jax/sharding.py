@@ -1,0 +1,192 @@
+"""How a base, its adapters and its batches lie on a mesh of devices.
+
+Every axis of a weight has a name, such as D or F, and rules say along which axis of the mesh a name is divided. What
+adapters are divided along, they have from their weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax.adapters import SHARED, Adapter, Along
+from lora_jax.stored import is_stored
+from lora_jax.tree import Tree, leaves_by_path, nearest
+
+AXES = ("data", "fsdp", "tensor", "expert")
+BATCH = ("data", "fsdp", "expert")  # what the rows of a batch are divided along
+# Of the decoder: heads, the MLP's hidden axis and the vocabulary apart; what is left of a weight along the model's axis.
+RULES = (
+    ("E", "expert"),
+    ("F", "tensor"),
+    ("H", "tensor"),
+    ("K", "tensor"),
+    ("V", "tensor"),
+    ("D", "fsdp"),
+)
+
+Specs = Mapping[str, PartitionSpec]
+
+
+def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the axes `AXES` from one line, such as "fsdp=4, tensor=2".
+
+    Args:
+      text: sizes by name; an axis that is not named has 1, and one may be -1: what the others leave.
+      devices: all of them, unless given.
+
+    Returns:
+      The mesh, its sizes multiplying to the number of devices.
+
+    Raises:
+      ValueError: if an axis is unknown, or the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name not in sizes:
+            raise ValueError(f"mesh {text!r}: no axis {name!r}; there are {', '.join(AXES)}")
+        if not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ValueError(f"mesh {text!r}: the size of {name} must be a positive number or -1, not {size!r}")
+        sizes[name] = int(size)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh {text!r}: only one axis can be -1, not {' and '.join(open_axes)}")
+    if open_axes and len(devices) % known == 0:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise ValueError(
+            f"mesh {text!r}: its sizes multiply to {known}, and there are {len(devices)} devices; "
+            f"sizes that divide them are {', '.join(map(str, divisors))}, and -1 takes what the others leave"
+        )
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+
+
+def specs(params: Tree, names: Mapping[str, str], rules: Sequence[tuple[str, str]], mesh: Mesh) -> dict[str, Any]:
+    """What each weight is divided along.
+
+    A name is divided by the first rule for it whose axis of the mesh is not yet used by the weight.
+
+    Args:
+      params: arrays, or anything with their shapes.
+      names: of the axes of every weight, as `{pattern: "L D F"}`; the first pattern that is found in a path counts.
+      rules: pairs of a name and an axis of the mesh.
+      mesh: from `mesh`.
+
+    Returns:
+      `{path: PartitionSpec}`.
+
+    Raises:
+      ValueError: if a pattern or a rule matches nothing, a weight has no names or another number of them, or an axis
+        cannot be divided; with what would do.
+    """
+    leaves = leaves_by_path(params)
+    found, used = {}, set()
+    for path, leaf in leaves.items():
+        pattern = next((pattern for pattern in names if re.search(pattern, path)), None)
+        if pattern is None:
+            raise ValueError(f"the axes of {path!r} {list(leaf.shape)} have no names")
+        used.add(pattern)
+        own = names[pattern].split()
+        if len(own) != len(leaf.shape):
+            raise ValueError(f"{path!r} {list(leaf.shape)} has {len(leaf.shape)} axes, its names are {names[pattern]!r}")
+        found[path] = own
+    for pattern in names:
+        if pattern not in used:
+            raise ValueError(f"no parameter matches {pattern!r}, which names axes; nearest: {nearest(pattern, leaves)}")
+    every = {name for own in found.values() for name in own}
+    for name, axis in rules:
+        if axis not in mesh.shape:
+            raise ValueError(f"rule {name!r} -> {axis!r}: the mesh has the axes {', '.join(mesh.shape)}")
+        if name not in every:
+            raise ValueError(f"rule {name!r} -> {axis!r}: no axis has this name; there are {', '.join(sorted(every))}")
+    return {path: _spec(path, own, leaves[path].shape, rules, mesh) for path, own in found.items()}
+
+
+def _spec(
+    path: str, names: Sequence[str], shape: Sequence[int], rules: Sequence[tuple[str, str]], mesh: Mesh
+) -> PartitionSpec:
+    along: list[str | None] = []
+    for name, size in zip(names, shape, strict=True):
+        axis = next((axis for rule, axis in rules if rule == name and axis not in along and mesh.shape[axis] > 1), None)
+        if axis and size % mesh.shape[axis]:
+            divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= mesh.size)
+            raise ValueError(
+                f"{path!r} {list(shape)}: axis {name} of size {size} cannot be divided by {axis}={mesh.shape[axis]}; "
+                f"choose {axis} among {divisors}, or leave the rule for {name} out"
+            )
+        along.append(axis)
+    return PartitionSpec(*along)
+
+
+def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:
+    """Where every array of a base is.
+
+    Of a quantised weight, codes and scales are divided as the weight; what has not its axes is small, and everywhere.
+
+    Args:
+      params: arrays, or anything with their shapes.
+      specs: from `specs`.
+      mesh: from `mesh`.
+
+    Returns:
+      A tree of `NamedSharding`, as `jax.device_put` and `jax.jit` take it.
+    """
+
+    def place(keys: Any, leaf: Any, path: str) -> Any:
+        def one(array: Any) -> NamedSharding:
+            same = array.ndim == len(leaf.shape)
+            return NamedSharding(mesh, specs[path] if same else PartitionSpec())
+
+        return jax.tree.map(one, leaf)
+
+    paths = iter(leaves_by_path(params))
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: place(keys, leaf, next(paths)), params, is_leaf=is_stored)
+
+
+def adapter_places(
+    adapters: Mapping[str, Adapter], specs: Specs, mesh: Mesh, follow: Sequence[str] = ("stacked",)
+) -> dict[str, Any]:
+    """Where every array of the adapters is: divided as its weight along the axes that follow it, whole along others.
+
+    Following only the stacked axes (experts), a and b are on every device, and a gradient is summed over all. What
+    follows "inp" or "out" as well takes less memory, and its products more exchange between devices.
+
+    Args:
+      adapters: `{path: adapter}`.
+      specs: of the weights, from `specs`.
+      mesh: from `mesh`.
+      follow: which of "stacked", "inp" and "out" follow the weight.
+
+    Returns:
+      A tree of `NamedSharding`.
+
+    Raises:
+      ValueError: if `follow` has another word.
+    """
+    if other := [group for group in follow if group not in ("stacked", "inp", "out")]:
+        raise ValueError(f"adapters follow their weights along 'stacked', 'inp' or 'out', not {other[0]!r}")
+
+    def place(path: str, adapter: Adapter) -> Any:
+        follows = [] if path.startswith(SHARED) else [axis for group in follow for axis in getattr(adapter.axes, group)]
+
+        def one(place: Along) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*(specs[path][i] if i in follows else None for i in place.axes)))
+
+        return jax.tree.map(one, adapter.layout(), is_leaf=lambda node: isinstance(node, Along))
+
+    return {path: place(path, adapter) for path, adapter in adapters.items()}
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Where a batch is: its rows divided along every axis of the mesh that does not divide a row's own computation."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
