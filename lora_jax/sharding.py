@@ -15,12 +15,11 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters import SHARED, Adapter, Along
-from lora_jax.stored import is_stored
-from lora_jax.tree import Tree, leaves_by_path, nearest
+from lora_jax.tree import Tree, leaves_by_path, nearest, replace
 
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH = ("data", "fsdp", "expert")  # what the rows of a batch are divided along
-# Of the decoder: heads, the MLP's hidden axis and the vocabulary apart; what is left of a weight along the model's axis.
+# Of the decoder: heads, the MLP's hidden axis and the vocabulary over "tensor"; what is left of a weight along D.
 RULES = (
     ("E", "expert"),
     ("F", "tensor"),
@@ -33,7 +32,7 @@ RULES = (
 Specs = Mapping[str, PartitionSpec]
 
 
-def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the axes `AXES` from one line, such as "fsdp=4, tensor=2".
 
     Args:
@@ -47,7 +46,7 @@ def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
       ValueError: if an axis is unknown, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in sizes:
@@ -140,17 +139,25 @@ def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:
 
     Returns:
       A tree of `NamedSharding`, as `jax.device_put` and `jax.jit` take it.
+
+    Raises:
+      ValueError: if the blocks of a quantised weight cannot be divided as the weight.
     """
 
-    def place(keys: Any, leaf: Any, path: str) -> Any:
+    def place(path: str, leaf: Any) -> Any:
         def one(array: Any) -> NamedSharding:
-            same = array.ndim == len(leaf.shape)
-            return NamedSharding(mesh, specs[path] if same else PartitionSpec())
+            spec = specs[path] if len(array.shape) == len(leaf.shape) else PartitionSpec()
+            for axis, size in zip(spec, array.shape, strict=False):
+                if axis and size % mesh.shape[axis]:
+                    raise ValueError(
+                        f"{path!r} {list(leaf.shape)} is quantised, and {size} codes or blocks along an axis cannot be "
+                        f"divided by {axis}={mesh.shape[axis]}; leave it as it is, or choose another mesh"
+                    )
+            return NamedSharding(mesh, spec)
 
         return jax.tree.map(one, leaf)
 
-    paths = iter(leaves_by_path(params))
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: place(keys, leaf, next(paths)), params, is_leaf=is_stored)
+    return replace(params, {path: place(path, leaf) for path, leaf in leaves_by_path(params).items()})
 
 
 def adapter_places(

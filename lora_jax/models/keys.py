@@ -155,6 +155,11 @@ def places(key: Key, config: DecoderConfig) -> list[tuple[int, ...]]:
     return list(itertools.product(*map(range, stack(key, config))))
 
 
+def axis_names(config: DecoderConfig) -> dict[str, str]:
+    """The letters of every parameter's axes here, L and E those of the stack: `{pattern of its path: "L D F"}`."""
+    return {f"^{key.path}$": " ".join([*"LE"[: key.hf.count("{}")], key.axes]) for key in table(config)}
+
+
 def shape(key: Key, config: DecoderConfig) -> tuple[int, ...]:
     """The shape of one tensor's part of the parameter here."""
     size = sizes(config)

@@ -1,0 +1,111 @@
+"""The decoder and its adapters on meshes of eight devices: `sharding_test.py` runs this file in its own process."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lora
+from lora_jax import sharding
+from lora_jax.models import decoder, keys
+from lora_jax.models.config import DecoderConfig
+from lora_jax.quantize import quantize
+
+DENSE = DecoderConfig("llama", 64, 256, 512, 2, 8, 8, 16, 64, tied=True)
+MOE = DecoderConfig("mixtral", 64, 128, 256, 2, 4, 4, 16, 64, experts=4, active_experts=2)
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+EXPERTS = ("data=8", "fsdp=8", "fsdp=2,tensor=4", "expert=4,data=2", "expert=2,fsdp=2,tensor=2")
+CASES = [("dense", mesh) for mesh in MESHES] + [("moe", mesh) for mesh in EXPERTS] + [("nf4", mesh) for mesh in MESHES]
+
+
+@functools.cache
+def case(kind):
+    """A model, random adapters, a batch, and the loss and gradients on one device."""
+    config = MOE if kind == "moe" else DENSE
+    params = decoder.init(jax.random.key(0), config)
+    batch = jax.random.randint(jax.random.key(1), (8, 16), 0, 64)
+    sites = lora.trace(decoder.forward, params, batch, config)
+    if kind == "nf4":
+        params = quantize(params, sites, {"all-linear": "nf4"})
+    adapters = lora.init(jax.random.key(2), params, sites, lora.Spec(rank=4, alpha=8))
+    adapters = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape) / 20, adapters)
+    return config, params, adapters, batch, jax.jit(step(config))(adapters, params, batch)
+
+
+def step(config):
+    def loss(adapters, params, batch):
+        logits = lora.lift(decoder.forward)(lora.attach(params, adapters), batch[:, :-1], config)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]))
+
+    return jax.value_and_grad(loss)
+
+
+def placed(kind, line, follow=("stacked",)):
+    """The same on a mesh, and where each part of it is."""
+    config, params, adapters, batch, _ = case(kind)
+    mesh = sharding.mesh(line)
+    names = keys.axis_names(config)
+    every = {name for own in names.values() for name in own.split()}
+    specs = sharding.specs(params, names, [rule for rule in sharding.RULES if rule[0] in every], mesh)
+    where = (
+        sharding.adapter_places(adapters, specs, mesh, follow),
+        sharding.places(params, specs, mesh),
+        sharding.rows(mesh),
+    )
+    return config, [jax.device_put(x, place) for x, place in zip((adapters, params, batch), where, strict=True)], where
+
+
+@pytest.mark.parametrize("follow", [("stacked",), ("stacked", "out"), ("stacked", "inp", "out")])
+@pytest.mark.parametrize(("kind", "line"), CASES)
+def test_loss_and_gradients_are_those_of_one_device(kind, line, follow):
+    loss, gradients = case(kind)[-1]
+    config, args, where = placed(kind, line, follow)
+    got, found = jax.jit(step(config), out_shardings=(None, where[0]))(*args)
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * largest)
+    divided = [place for place in jax.tree.leaves(where[1]) if not place.is_fully_replicated]
+    assert divided or line == "data=8"
+
+
+def collectives(kind, line, follow):
+    """`{operation: the numbers of elements of its results}` of the compiled step."""
+    config, args, where = placed(kind, line, follow)
+    text = jax.jit(step(config), out_shardings=(None, where[0])).lower(*args).compile().as_text()
+    found = {}
+    for shapes, name in re.findall(
+        r"= (\(?[\w\[\]{},/*= ]*?\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text
+    ):
+        sizes = [
+            math.prod(map(int, filter(None, shape.split(",")))) for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+        ]
+        found.setdefault(name, []).extend(sizes)
+    return found
+
+
+def test_data_parallel_adapters_are_all_that_is_summed():
+    """The gradient's all-reduce is as large as the adapters, not the base; nothing else moves but the loss."""
+    _, params, adapters, _, _ = case("dense")
+    found = collectives("dense", "data=8", ("stacked",))
+    assert set(found) == {"all-reduce"}
+    assert lora.count(adapters) <= sum(found["all-reduce"]) <= lora.count(adapters) + 64
+    assert lora.count(adapters) < lora.count(params) / 5
+
+
+def test_fsdp_gathers_shards_of_the_base_alone():
+    """With adapters on every device no adapter is gathered; following the inputs costs gathers of just these."""
+    _, params, adapters, _, _ = case("dense")
+    weights = {math.prod(leaf.shape[1:] if leaf.ndim > 2 else leaf.shape) for leaf in jax.tree.leaves(params)}
+    small = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(adapters)}
+    assert not weights & small
+    found = collectives("dense", "fsdp=8", ("stacked",))
+    assert found["all-gather"] and not small & set(found["all-gather"])
+    more = collectives("dense", "fsdp=8", ("stacked", "inp", "out"))
+    assert small & set(more["all-gather"])
+    assert sum(found["all-reduce"]) >= lora.count(adapters) > sum(more.get("all-reduce", [0]))

@@ -1,0 +1,142 @@
+"""Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_sharding.py`."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lora
+from lora_jax import sharding
+from lora_jax.quantize import quantize
+
+TESTS = pathlib.Path(__file__).parent
+NAMES = {"up": "L D F", "down": "L F D", "norm": "L D"}
+
+
+def devices(n):
+    return [object()] * n
+
+
+def abstract(**sizes):
+    return AbstractMesh(tuple(sizes.get(name, 1) for name in sharding.AXES), sharding.AXES)
+
+
+def params():
+    return {"up": jnp.ones((2, 128, 512)), "down": jnp.ones((2, 512, 128)), "norm": jnp.ones((2, 128))}
+
+
+def f(p, x):
+    def body(x, w):
+        return x + jnp.tanh(x * w["norm"] @ w["up"]) @ w["down"], None
+
+    return jax.lax.scan(body, x, p)[0]
+
+
+def test_one_line_makes_a_mesh():
+    assert dict(sharding.mesh("").shape) == {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+    assert dict(sharding.mesh("tensor = -1, fsdp=1").shape) == dict(sharding.mesh("").shape)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fsdb=8", "mesh 'fsdb=8': no axis 'fsdb'; there are data, fsdp, tensor, expert"),
+        ("fsdp=0", "the size of fsdp must be a positive number or -1, not '0'"),
+        ("fsdp", "the size of fsdp must be a positive number or -1, not ''"),
+        ("fsdp=3", "its sizes multiply to 3, and there are 8 devices; sizes that divide them are 1, 2, 4, 8, and -1"),
+        ("fsdp=3,data=-1", "its sizes multiply to 3, and there are 8 devices"),
+        ("fsdp=4", "its sizes multiply to 4, and there are 8 devices"),
+        ("fsdp=-1,data=-1", "only one axis can be -1, not data and fsdp"),
+    ],
+)
+def test_meshes_that_are_none(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sharding.mesh(text, devices(8))
+
+
+def test_the_first_rule_whose_axis_is_free_counts():
+    rules = (("F", "tensor"), ("D", "tensor"), ("D", "fsdp"))
+    found = sharding.specs(params(), NAMES, rules, abstract(tensor=4, fsdp=2))
+    assert found == {"up": P(None, "tensor", None), "down": P(None, "tensor", "fsdp"), "norm": P(None, "tensor")}
+    found = sharding.specs(params(), NAMES, rules, abstract(fsdp=2))  # an axis of size 1 divides nothing
+    assert found == {"up": P(None, "fsdp", None), "down": P(None, None, "fsdp"), "norm": P(None, "fsdp")}
+
+
+@pytest.mark.parametrize(
+    ("names", "rules", "message"),
+    [
+        ({"up": "L D F"}, (), "the axes of 'down' [2, 512, 128] have no names"),
+        ({**NAMES, "norm": "D"}, (), "'norm' [2, 128] has 2 axes, its names are 'D'"),
+        ({**NAMES, "nrom": "D"}, (), "no parameter matches 'nrom', which names axes; nearest: 'norm'"),
+        (NAMES, (("F", "model"),), "rule 'F' -> 'model': the mesh has the axes data, fsdp, tensor, expert"),
+        (NAMES, (("G", "tensor"),), "rule 'G' -> 'tensor': no axis has this name; there are D, F, L"),
+        (
+            NAMES,
+            (("L", "tensor"),),
+            "'down' [2, 512, 128]: axis L of size 2 cannot be divided by tensor=3; choose tensor among 1, 2, "
+            "or leave the rule for L out",
+        ),
+    ],
+)
+def test_rules_that_do_not_fit(names, rules, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sharding.specs(params(), names, rules, abstract(tensor=3))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3", "bottleneck", "full"])
+def test_adapters_inherit_from_their_weights(key, method):
+    """Every array is divided along the axes that follow the weight, and no other."""
+    rank = {} if method in ("ia3", "full") else {"rank": 4}
+    sites = lora.trace(f, params(), jnp.ones((3, 128)))
+    adapters = lora.init(key, params(), sites, lora.Spec(method=method, target="up|down", **rank))
+    mesh = abstract(data=2, tensor=4, fsdp=2)
+    specs = {"up": P("data", "fsdp", "tensor"), "down": P("data", "tensor", "fsdp"), "norm": P()}
+    everything = sharding.adapter_places(adapters, specs, mesh, ("stacked", "inp", "out"))
+    stacked = sharding.adapter_places(adapters, specs, mesh)
+    assert jax.tree.structure(everything) == jax.tree.structure(adapters)
+    sizes = {2: "data", 128: "fsdp", 512: "tensor", 4: None}
+    for (path, array), place, less in zip(
+        jax.tree_util.tree_leaves_with_path(adapters),
+        jax.tree.leaves(everything),
+        jax.tree.leaves(stacked),
+        strict=True,
+    ):
+        own = [None if path[0].key.startswith("/") else sizes[n] for n in array.shape]
+        assert place.spec == P(*own)
+        first = method == "full"  # a whole leaf has the weight's axes, each standing for itself
+        assert less.spec == P(*(axis if axis == "data" or first else None for axis in own))
+
+
+def test_a_word_that_is_no_side(key):
+    with pytest.raises(ValueError, match="along 'stacked', 'inp' or 'out', not 'in'"):
+        sharding.adapter_places({}, {}, abstract(), ("in",))
+
+
+def test_blocks_that_cannot_be_divided():
+    sites = lora.trace(f, params(), jnp.ones((3, 128)))
+    stored, mesh = quantize(params(), sites, {"up": "nf4"}), abstract(fsdp=4)
+    specs = sharding.specs(stored, NAMES, (("F", "fsdp"),), mesh)
+    assert {place.spec for place in jax.tree.leaves(sharding.places(stored, specs, mesh)["up"])} == {
+        P(None, None, "fsdp"),
+        P(),
+    }
+    specs = sharding.specs(stored, NAMES, (("D", "fsdp"),), mesh)
+    with pytest.raises(ValueError, match=r"'up' \[2, 128, 512\] is quantised, and 2 codes or blocks .* by fsdp=4"):
+        sharding.places(stored, specs, mesh)
+
+
+@pytest.mark.slow
+def test_on_eight_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "eight_devices_sharding.py")]
+    run = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags}, cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
