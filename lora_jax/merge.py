@@ -121,7 +121,13 @@ def _checked(params: Tree, adapters: Mapping[str, Adapter]) -> dict[str, Factore
 
 
 def _like(leaf: Any, w: jax.Array) -> Any:
-    return leaf.requantised(w) if is_stored(leaf) else w
+    """`w` stored as a leaf is, and where it is: the compiler may have placed the sum elsewhere."""
+
+    def placed(x: jax.Array, old: Any) -> jax.Array:
+        known = isinstance(old, jax.Array) and not isinstance(old, Tracer)
+        return jax.device_put(x, old.sharding) if known else x
+
+    return jax.tree.map(placed, leaf.requantised(w) if is_stored(leaf) else w, leaf)
 
 
 def _equal(x: Any, y: Any) -> bool:
