@@ -50,8 +50,8 @@ def load(
     config = decoder_config(folder)
     files = Files(folder)
 
-    def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:
-        name = key.hf.format(layer)
+    def read(key: keys.Key, place: stacked.Place) -> tuple[str, np.ndarray | None]:
+        name = key.hf.format(*place)
         return name, files.tensor(name) if name in files else None
 
     return config, stacked.read(config, read, dtype, folder, quantize)
