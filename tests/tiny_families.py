@@ -72,10 +72,10 @@ CASES = {
 }
 
 
-def make(case: str):
+def make(case: str, **more):
     """A float32 model with weights far enough from zero for every part to matter."""
     # A copy: transformers writes into the dicts of its configs.
-    name, changes = CASES[case]
+    name, changes = CASES[case][0], CASES[case][1] | more
     torch.manual_seed(0)
     config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
     model = getattr(transformers, f"{name}ForCausalLM")(config(**copy.deepcopy(tiny_llama.SMALL | changes))).eval()
