@@ -69,10 +69,10 @@ def test_speed_leaves_out_the_step_that_compiles_and_what_is_skipped(monkeypatch
     clock = iter([0.0, 0.0, 100.0, 101.0, 150.0, 152.0])
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
     with loop.Progress(steps=4, step=0) as progress:
-        progress.update(1, 1.0, 60)  # 100 s
-        assert progress.update(2, 1.0, 60) == 60  # 1 s
+        progress.update(1, {"loss": 1.0, "tokens": 60})  # 100 s
+        assert progress.update(2, {"loss": 1.0, "tokens": 60})["tokens_per_second"] == 60  # 1 s
         progress.skip()
-        assert progress.update(3, 0.5, 60) == 30  # 2 s
+        assert progress.update(3, {"loss": 0.5, "tokens": 60})["tokens_per_second"] == 30  # 2 s
     assert "step 3/4  loss 0.5000  40 tokens/s  0:00:02 left" in capsys.readouterr().out
 
 

@@ -17,7 +17,7 @@ from lora_jax.data import packing
 from lora_jax.interop import hf
 from lora_jax.models import decoder
 from train import config as settings
-from train import loop, objective, sft
+from train import loop, objective, sft, update
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -91,9 +91,9 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(model):
         return lora.attach(base, adapters)
 
     def step(parts):
-        update = sft.make_update(lora.lift(nll), tree, tx, parts)
+        apply = update.make_update(lora.lift(nll), tree, tx, parts)
         fresh = jax.tree.map(jnp.array, adapters)
-        return update(fresh, tx.init(fresh), m.params, batch, jax.random.key(0))
+        return apply(fresh, tx.init(fresh), m.params, batch, jax.random.key(0))
 
     @jax.jit
     @jax.value_and_grad
@@ -123,11 +123,11 @@ def test_base_is_an_argument_that_stays_and_adapters_are_donated(model):
     nll = functools.partial(objective.negative_log_likelihood, shape=m.config, learned=9)
     adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
     tx = optax.adam(1e-3)
-    update = sft.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, 1)
+    step = update.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, 1)
     arguments = (adapters, tx.init(adapters), m.params, batch, jax.random.key(0))
-    compiled = update.lower(*arguments).compile()
+    compiled = step.lower(*arguments).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > lora.nbytes(m.params)
-    update(*arguments)
+    step(*arguments)
     assert all(x.is_deleted() for x in jax.tree.leaves(adapters))
     assert not any(x.is_deleted() for x in jax.tree.leaves(m.params))
 

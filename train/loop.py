@@ -120,7 +120,8 @@ class Progress:
 
     def __init__(self, steps: int, step: int):
         self.steps, self.first = steps, step
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.tokens = 0.0, 0.0
+        self.waited, self._waited = 0.0, 0.0
         console = rich.console.Console()
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
@@ -144,20 +145,39 @@ class Progress:
         """What happened since the last step (an evaluation, a checkpoint) is not training time."""
         self._clock = time.perf_counter()
 
-    def update(self, step: int, loss: float, tokens: int) -> float:
-        """Shows a step that has just ended; returns its tokens per second."""
+    def fetch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; how long it takes is noted."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        self._waited = time.perf_counter() - begun
+        return batch
+
+    def update(self, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        """Shows a step that has just ended.
+
+        Args:
+          step: its number, from 1.
+          numbers: `tokens` it went through, and perhaps its `loss`.
+
+        Returns:
+          `tokens_per_second`, and `input_share`: how much of its time went by until the next batch was there, while the
+          device computed; an upper bound of how long it stood still for it.
+        """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        share = min(self._waited / seconds, 1.0)
         if step > self.first + 1:  # the first one compiles
-            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
-        speed = self.tokens / self.seconds if self.seconds else tokens / seconds
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + numbers["tokens"]
+            self.waited += self._waited
+        speed = self.tokens / self.seconds if self.seconds else numbers["tokens"] / seconds
         left = (self.steps - step) * (self.seconds / max(step - self.first - 1, 1) or seconds)
-        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {datetime.timedelta(seconds=round(left))} left"
+        loss = f"loss {numbers['loss']:.4f}  " if "loss" in numbers else ""
+        text = f"{loss}{speed:,.0f} tokens/s  {datetime.timedelta(seconds=round(left))} left"
         self._bar.update(self._task, completed=step, description=text)
         every = max(self.steps // 20, 1)
         if not self._bar.console.is_terminal and (step % every == 0 or step == self.first + 1):
             print(f"step {step}/{self.steps}  {text}", flush=True)
-        return tokens / seconds
+        return {"tokens_per_second": numbers["tokens"] / seconds, "input_share": share}
 
 
 @contextlib.contextmanager
