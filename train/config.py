@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.data import formats
 from lora_jax.quant import FORMATS
+from train import trackers
 from train.methods import METHODS
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
@@ -65,6 +66,10 @@ def common() -> Config:
         "every": 50,  # steps between checkpoints
         "keep": 2,  # the newest; the best is kept besides
     }
+    config.log = {  # besides the run's own files and TensorBoard
+        "wandb": "",  # a project of Weights & Biases
+        "mlflow": "",  # an experiment of MLflow
+    }
     config.guard = {
         "spike": 0.0,  # a loss this many deviations above the running mean is a spike; 0: none is
         "then": "stop",  # or "skip" the step: about a spike, or a loss that is not a number
@@ -77,9 +82,9 @@ def sft() -> Config:
     config = common()
     config.data = {
         "source": "",  # a file or folder, tfds:NAME?split=..., hf:NAME?split=..., reasoning_gym:TASK?parameter=...
-        "prompt": "prompt",  # names of these columns in the source
-        "completion": "completion",
-        "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of these
+        "prompt": "prompt",  # the source's name of this column
+        "completion": "completion",  # and of this
+        "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of this
         "mixture": (),  # more sources: (("b.jsonl", 0.5), ...) takes half as many rows of it as of the first
         "stream": False,  # read and tokenise while training, for more than memory holds
         "heldout": 64,  # examples to evaluate on, never trained on; drawn from the source, or
@@ -90,6 +95,7 @@ def sft() -> Config:
     }
     config.eval.update(
         {
+            "sets": (),  # more held-out sources, each with its name: (("dev", "dev.jsonl"), ...)
             "answers": 64,  # held-out questions answered and compared word for word; 0: loss only
             "max_new": 32,  # tokens in an answer
             "batch_size": 32,  # questions answered at once
@@ -134,6 +140,7 @@ def check_common(config: Config) -> None:
     for name in ("optim.b1", "optim.b2"):
         if not 0 <= _get(config, name) < 1:
             raise ValueError(f"config.{name}={_get(config, name)} must be at least 0 and less than 1")
+    trackers.check(config.log)
     if not 0 <= config.optim.warmup < config.steps:
         raise ValueError(f"config.optim.warmup={config.optim.warmup} must be less than config.steps={config.steps}")
     if config.batch_size % config.accumulate:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from train import loop, report, watch
+from train import loop, report, trackers, watch
 from train.config import Config
 
 RESUMABLE = 75  # exit status of a run that was asked to stop and saved itself: EX_TEMPFAIL, "try again"
@@ -45,6 +45,7 @@ def run(
     folder: Path,
     name: str,
     *,
+    about: str,
     identity: dict[str, Any],
     trainable: Tree,
     optimizer: Tree,
@@ -59,6 +60,7 @@ def run(
       config: has `seed`, `steps`, `eval`, `checkpoint`, `guard` as `train/config.py`.
       folder: of the run; if it has checkpoints, the run goes on.
       name: of the experiment, for the report.
+      about: what is trained, in words, for the report.
       identity: what must be the same whenever the run goes on; `base` is the base's fingerprint.
       trainable: what is trained, before it is.
       optimizer: its state.
@@ -76,8 +78,9 @@ def run(
       ValueError, OSError, ArithmeticError: with one line that says what to change.
       SystemExit: with the status `RESUMABLE`, after a SIGTERM.
     """
-    about = {"config": config.to_dict(), "lora-jax": lora.__version__}
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=about)
+    resolved = config.to_dict()
+    beside = {"config": resolved, "lora-jax": lora.__version__}
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=beside)
     # Tied to their device, as restored arrays are: both ways of starting run one compiled program.
     trainable, optimizer = jax.tree.map(lambda x: jax.device_put(x, x.sharding), (trainable, optimizer))
     step, key = 0, jax.random.key(config.seed)
@@ -91,8 +94,9 @@ def run(
         best.restore(place["best"])
         key = jax.random.wrap_key_data(jnp.array(place["key"], jnp.uint32))
         print(f"going on from step {step} of {folder}")
-    loop.begin(folder, config.to_dict())
-    record = loop.Record(folder, step if saved else -1)
+    loop.begin(folder, resolved, about)
+    recorded = step if saved else -1
+    record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded))
 
     def measure() -> dict[str, float]:
         numbers, samples = evaluate(trainable)

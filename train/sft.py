@@ -65,12 +65,13 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     base, trainable = methods.start(jax.random.key(config.seed), config, model, nll, batch)
     tree = methods.runner(config, model)
     if config.method == "full":
-        print(f"{config.model}: training all of its {lora.count(trainable):,} parameters")
+        about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
     elif config.method in methods.SOFT:
-        print(f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters")
+        about = f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters"
     else:
         trained = f"{config.method} {methods.spec(config)!r}"
-        print(f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}")
+        about = f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}"
+    print(about)
     identity = {
         "base": checkpoint.fingerprint(model.params if base is None else base),
         "data": data.digest,
@@ -87,20 +88,23 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         return step(trainable, optimizer, base, batch, key)
 
     def evaluate(trainable: Tree) -> Evaluation:
-        now, rows = tree(trainable, base), config.batch_size // config.accumulate
-        numbers = {"heldout_loss": heldout.loss(measure, now, data.heldout_rows, data.length, rows)}
-        if not data.asked:
-            return numbers, []
-        sizes = config.eval.max_new, config.eval.batch_size
-        said = heldout.answers(speak, now, model.config, format, data.asked, *sizes)
-        numbers["exact_match"] = sum(answer.right for answer in said) / len(said)
-        return numbers, [answer._asdict() for answer in said[:SAMPLES]]
+        now, rows, numbers, samples = tree(trainable, base), config.batch_size // config.accumulate, {}, []
+        for name, held in {"": data, **data.sets}.items():
+            of = f"/{name}" if name else ""
+            numbers[f"heldout_loss{of}"] = heldout.loss(measure, now, held.heldout_rows, data.length, rows)
+            if held.asked:
+                sizes = config.eval.max_new, config.eval.batch_size
+                said = heldout.answers(speak, now, model.config, format, held.asked, *sizes)
+                numbers[f"exact_match{of}"] = sum(answer.right for answer in said) / len(said)
+                samples += [answer._asdict() for answer in said[:SAMPLES]]
+        return numbers, samples
 
     # Everything is checked; from here on the run writes.
     run(
         config,
         folder,
         name,
+        about=about,
         identity=identity,
         trainable=trainable,
         optimizer=tx.init(trainable),
@@ -112,4 +116,4 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, settings.sft)
