@@ -82,3 +82,13 @@ def test_speed_leaves_out_the_step_that_compiles_and_what_is_skipped(monkeypatch
         progress.skip()
         assert progress.update(3, {"loss": 0.5, "tokens": 60})["tokens_per_second"] == 30  # 2 s
     assert "step 3/4  loss 0.5000  40 tokens/s  0:00:02 left" in capsys.readouterr().out
+
+
+def test_waiting_for_input_is_measured(monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 2.0, 4.0, 4.0, 4.5, 6.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    with loop.Progress(steps=2, step=0) as progress:
+        assert progress.fetch(iter("a")) == "a"  # from 1 to 2
+        assert progress.update(1, {"loss": 1.0, "tokens": 8}) == {"tokens_per_second": 2.0, "input_share": 0.25}
+        assert progress.fetch(iter("b")) == "b"  # from 4 to 4.5
+        assert progress.update(2, {"tokens": 8}) == {"tokens_per_second": 4.0, "input_share": 0.25}

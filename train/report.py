@@ -70,14 +70,15 @@ def _notes(metrics: Sequence[Line], evaluations: Sequence[Line], config: dict[st
     scored = [line for line in evaluations if line.get(wanted) is not None]
     best = (max if config["eval"]["higher"] else min)(scored, key=lambda line: line[wanted])
     steps = [line for line in metrics if "learning_rate" in line]
-    seconds = [line["tokens"] / line["tokens_per_second"] for line in steps]
-    waited = sum(time * line["input_share"] for time, line in zip(seconds, steps, strict=True))
+    timed = steps[1:]  # the first one compiles
+    seconds = [line["tokens"] / line["tokens_per_second"] for line in timed]
+    waited = sum(time * line["input_share"] for time, line in zip(seconds, timed, strict=True))
     skipped = sum("skipped" in line for line in steps)
-    notes = [f"waited for input {waited / sum(seconds):.1%} of the time"] if steps else []
+    notes = [f"waited for input {waited / sum(seconds):.1%} of the time"] if timed else []
     notes += [f"{skipped} steps skipped"] if skipped else []
     if last < config["steps"]:
         notes.append(
-            f"ended at step {last} of {config['steps']}: no better evaluation for {config['eval']['patience']}"
+            f"ended at step {last} of {config['steps']}: {config['eval']['patience']} evaluations were no better"
         )
     if best["step"] != last:
         kept = f", kept in checkpoints/{best['step']}" if best["step"] else ""
