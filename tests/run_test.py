@@ -53,7 +53,7 @@ def test_the_batch_that_was_fetched_ahead_is_not_lost(tmp_path):
 
 def test_best_checkpoint_and_early_end(tmp_path, capsys):
     config = tiny_trainer.configured(steps=30, eval__every=1, eval__patience=3, checkpoint__keep=1)
-    losses = [5.0, 4.0, 2.0, 3.0, 2.5, 2.0, 1.0]
+    losses = [5.0, 4.0, 2.0, 3.0, 2.5, 2.0, 1.0, 1.5]
     tiny_trainer.train(config, tmp_path / "run", evaluations=losses)
     said = capsys.readouterr().out
     assert "ended at step 5 of 30: 3 evaluations were no better" in said
