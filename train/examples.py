@@ -27,7 +27,7 @@ class Data(NamedTuple):
       rows: what these are made of; some of it, if it is streamed.
       learned: the most targets with a weight in a row of any batch.
       tokens: examples to train on, some of them if they are streamed.
-      heldout_rows: to evaluate on, one example in each.
+      heldout_rows: to evaluate on.
       asked: the held-out examples whose questions are to be answered.
       length: places in a row.
       digest: of the rows' content, order and size in a batch: a run goes on only with the same.
@@ -115,7 +115,7 @@ def _in_memory(config: Config, format: chat.Format, context: int) -> Data:
     digest = hashlib.sha256(f"{config.seed} {config.batch_size} {length} {settings.pack}{mixture}".encode())
     for example in kept:
         digest.update(example.ids.tobytes() + example.learn.tobytes())
-    heldout_rows = packing.rows(held_kept, length)
+    heldout_rows = packing.rows(held_kept, length, settings.pack)
     sets = _sets(config, format, more, length, context)
     evaluated = [row for part in sets.values() for row in part.heldout_rows]
     return Data(
@@ -168,7 +168,7 @@ def _streamed(config: Config, format: chat.Format, context: int) -> Data:
         packing.rows(tokens, length),
         length,
         tokens,
-        packing.rows(held_kept, length),
+        packing.rows(held_kept, length, settings.pack),
         _asked(config, format, held, held_kept, context),
         length,
         hashlib.sha256(f"{order} {index.digest}".encode()).hexdigest()[:16],
@@ -190,7 +190,9 @@ def _sets(
         if not kept:
             raise ValueError(f"config.eval.sets: every example of {name!r} is longer than {length} tokens")
         print(f"{name}: {len(kept):,} examples to evaluate on" + (f", {len(long):,} are too long" if long else ""))
-        sets[name] = Heldout(packing.rows(kept, length), _asked(config, format, examples, kept, context))
+        sets[name] = Heldout(
+            packing.rows(kept, length, config.data.pack), _asked(config, format, examples, kept, context)
+        )
     return sets
 
 
