@@ -46,7 +46,7 @@ def test_bleu_takes_the_references_of_its_own_table():
 @pytest.mark.usefixtures("quick_module")
 def test_it_trains_asks_and_goes_on(model, test_set, tmp_path, capsys):
     train = [{"mr": f"name[{x}]", "ref": f"{x} is a place"} for x in "CDEFGHIJKL"]
-    config = configured(model, tmp_path, steps=2, eval__answers=0, data__heldout=3, data__length=64)
+    config = configured(model, tmp_path, steps=2, eval__answers=0, data__heldout=3, data__length=64, optim__lr=0.0)
     with config.unlocked():
         config.data.source = str(tiny.write_jsonl(tmp_path / "train.jsonl", train))
         config.data.update(NAMES)

@@ -79,6 +79,7 @@ def test_head_runs_on_learned_positions_alone(model):
     assert logits(learned=24) == 4 * 24
 
 
+@pytest.mark.slow
 def test_however_a_batch_is_laid_out_and_computed_the_update_is_the_same(model):
     m = hf.load(model)
     rng = np.random.default_rng(0)
