@@ -25,7 +25,7 @@ def test_every_setting_has_a_line_with_its_value_and_meaning():
         assert len(line.split("  ")) > 2 and line.split("  ")[-1].strip(), name
     assert found["--config.optim.clip"].split(maxsplit=2)[1:] == ["1.0", "global norm of the gradient; 0: none"]
     assert found["--config.eval.max_new"].endswith("tokens in an answer")
-    assert found["--config.data.columns.text"].endswith("and of this")  # its group's
+    assert found["--config.data.columns.text"].endswith("and of these")  # its group's
 
 
 def test_meanings_are_those_of_the_group():

@@ -38,21 +38,21 @@ def common() -> Config:
             "soft_text": "",  # what "prompt" and "prefix" start from; empty: random tokens
         }
     )
-    config.lora = {  # empty and 0: the method's own
-        "target": "",  # a preset ("all-linear", "attention", "mlp") or a regular expression
-        "exclude": (),  # regular expressions
+    config.lora = {
+        "target": "",  # "all-linear", "attention", "mlp" or a regular expression; empty: the method's own
+        "exclude": (),  # regular expressions of weights to leave out
         "also": (),  # regular expressions of leaves that are trained whole: norms, biases, a head
-        "rank": 0,  # for "prompt" and "prefix": the number of trained tokens
+        "rank": 0,  # of the factors; for "prompt" and "prefix", trained tokens; 0: the method's own
         "alpha": 32.0,  # the product of the factors is scaled by alpha / rank
-        "dropout": 0.0,  # of what goes into the factors
-        "init": "",  # "uniform", "normal", "orthogonal", "pissa", "olora"
+        "dropout": 0.0,  # share of the factors' input that is dropped
+        "init": "",  # "uniform", "normal", "orthogonal", "pissa", "olora"; empty: the method's own
     }
     config.optim = {  # Adam
-        "lr": 0.0,  # 0: by the method and the model's width
-        "schedule": "linear",  # to zero at the last step; or "cosine", to zero too; or "constant"
-        "warmup": 0,  # steps in which the rate rises to lr before that
+        "lr": 0.0,  # the learning rate; 0: by the method and the model's width
+        "schedule": "linear",  # how it falls to zero at the last step, or "cosine"; or "constant"
+        "warmup": 0,  # steps in which it rises before that
         "clip": 1.0,  # global norm of the gradient; 0: none
-        "weight_decay": 0.0,  # AdamW's, of factors and whole matrices; low-rank factors are best left alone
+        "weight_decay": 0.0,  # AdamW's, of factors and whole matrices; best left at 0 for factors
         "b1": 0.9,  # memory of the mean of gradients
         "b2": 0.999,  # memory of the mean of their squares
     }
@@ -72,7 +72,7 @@ def common() -> Config:
     }
     config.guard = {
         "spike": 0.0,  # a loss this many deviations above the running mean is a spike; 0: none is
-        "then": "stop",  # or "skip" the step: about a spike, or a loss that is not a number
+        "then": "stop",  # what to do about a spike, or a loss that is not a number: "stop", or "skip" the step
     }
     return config
 
@@ -83,12 +83,12 @@ def sft() -> Config:
     config.data = {
         "source": "",  # a file or folder, tfds:NAME?split=..., hf:NAME?split=..., reasoning_gym:TASK?parameter=...
         "prompt": "prompt",  # the source's name of this column
-        "completion": "completion",  # and of this
-        "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of this
+        "completion": "completion",  # the source's name of this column
+        "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of these
         "mixture": (),  # more sources: (("b.jsonl", 0.5), ...) takes half as many rows of it as of the first
         "stream": False,  # read and tokenise while training, for more than memory holds
-        "heldout": 64,  # examples to evaluate on, never trained on; drawn from the source, or
-        "heldout_source": "",  # the first ones of this source
+        "heldout": 64,  # examples to evaluate on, never trained on
+        "heldout_source": "",  # where they are the first ones; empty: they are drawn from the source
         "length": 0,  # tokens in a row; 0: as many as the longest example has
         "truncate": False,  # cut longer examples instead of leaving them out
         "pack": False,  # several examples in a row
