@@ -117,28 +117,31 @@ def test_nothing_but_bad_steps_is_not_skipped_for_ever(tmp_path):
 
 
 @pytest.mark.slow
-def test_asked_to_stop_it_saves_and_can_go_on(tmp_path):
-    """SIGTERM arrives inside the third step."""
-    script = "import tiny_trainer, sys; tiny_trainer.main(sys.argv[1], signal_at={})"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+@pytest.mark.parametrize(("number", "status", "kept"), [("SIGTERM", runner.RESUMABLE, 5), ("SIGKILL", -9, 4)])
+def test_a_signal_in_the_fifth_step(tmp_path, number, status, kept):
+    """Asked to stop, it ends the step and saves; killed, it goes on from the checkpoint before."""
 
-    def start(signal_at):
+    def start(*signal_at):
+        script = f"import signal, sys, tiny_trainer; tiny_trainer.main(sys.argv[1], {', '.join(signal_at)})"
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         return subprocess.run(
-            [sys.executable, "-c", script.format(signal_at), tmp_path / "run"],
+            [sys.executable, "-c", script, tmp_path / "run"],
             env=os.environ | {"PYTHONPATH": paths},
             capture_output=True,
             text=True,
             timeout=240,
         )
 
-    stopped = start(3)
-    assert stopped.returncode == runner.RESUMABLE, stopped.stderr
-    assert stopped.stdout.splitlines()[-1] == "step 3: asked to stop, and saved; the same command goes on from here"
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 3
-    done = start(None)
-    assert done.returncode == 0 and "going on from step 3" in done.stdout, done.stderr
+    stopped = start("5", f"signal.{number}")
+    assert stopped.returncode == status, stopped.stderr
+    asked = "step 5: asked to stop, and saved; the same command goes on from here"
+    assert (stopped.stdout.splitlines()[-1] == asked) == (number == "SIGTERM")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == kept
+    done = start()
+    assert done.returncode == 0 and f"going on from step {kept}" in done.stdout, done.stderr
     whole = tiny_trainer.train(tiny_trainer.configured(steps=6), tmp_path / "whole")
     np.testing.assert_array_equal(json.loads(done.stdout.splitlines()[-1]), np.asarray(whole).tolist())
+    assert [line["seen"] for line in steps_of(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
 def test_signals_are_as_before_afterwards(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -51,7 +50,7 @@ class Batches:
         self.next = state["next"]
 
 
-def train(config, folder, evaluations=None, fail_at=None, added=None, without=(), seconds=0.0, signal_at=None):
+def train(config, folder, evaluations=None, fail_at=None, added=None, without=(), seconds=0.0, signal_at=(0, 0)):
     """Trains; `evaluations[step]` stands for the held-out loss, and the update of `fail_at` raises."""
     tx = optax.adam(config.optim.lr)
 
@@ -67,8 +66,8 @@ def train(config, folder, evaluations=None, fail_at=None, added=None, without=()
         seen = batch["seen"][0]
         if seen + 1 == fail_at:
             raise ZeroDivisionError
-        if seen + 1 == signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if seen + 1 == signal_at[0]:
+            os.kill(os.getpid(), signal_at[1])
         batch = {name: np.asarray(value) for name, value in batch.items()}
         w, state, numbers = step(w, state, None, batch, key)
         return w, state, numbers | {"tokens": 3, "drawn": jax.random.uniform(key)}
@@ -98,8 +97,9 @@ def train(config, folder, evaluations=None, fail_at=None, added=None, without=()
     return trained["w"]
 
 
-def main(folder, signal_at):
-    """Six steps in a process of its own; prints the numbers."""
+def main(folder, *signal_at):
+    """Six steps in a process of its own, which sends itself a signal in one of them; prints the numbers."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
-    print(json.dumps(np.asarray(train(configured(steps=6), folder, signal_at=signal_at)).tolist()))
+    config = configured(steps=6, checkpoint__every=2)
+    print(json.dumps(np.asarray(train(config, folder, signal_at=signal_at or (0, 0))).tolist()))
