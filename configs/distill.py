@@ -3,7 +3,7 @@
 Reproduces: the divergence from the teacher on held-out questions falls.
 Command:    LORA_JAX_DATA=<folder with gsm8k/train.jsonl> python -m train.distill --config=configs/distill.py
 Hardware:   two CPU cores.
-Expected:   docs/preferences.md.
+Expected:   docs/results.md.
 """
 
 import os

@@ -3,7 +3,7 @@
 Reproduces: held-out preference accuracy rises.
 Command:    LORA_JAX_DATA=<folder with gsm8k/model_solutions.jsonl> python -m train.dpo --config=configs/dpo.py
 Hardware:   two CPU cores.
-Expected:   docs/preferences.md.
+Expected:   docs/results.md.
 """
 
 import os

@@ -74,7 +74,7 @@ def test_the_loss_of_a_batch(model, tmp_path, reverse):
         np.asarray(x)[np.asarray(b["weights"]) > 0] for x, b in ((ours, batch), (theirs, batch["teacher"]))
     )
     expected = (kl(student, teacher) if reverse else kl(teacher, student)).sum()
-    assert expected > 1
+    assert expected > 0.02
     trees = lora.attach(m.params, adapters), m.params
     for chunk in (0, 7):
         loss = jax.jit(distill.make_loss(reader, reader, reverse, chunk))
