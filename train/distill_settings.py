@@ -21,15 +21,15 @@ def distill() -> Config:
     )
     config.sampler = {  # of the student's own answers
         "max_new": 64,  # tokens in an answer
-        "temperature": 1.0,
+        "temperature": 1.0,  # of the distribution that tokens are drawn from
     }
     config.data = {
         "source": "",  # a file or folder, tfds:NAME?split=..., hf:NAME?split=..., reasoning_gym:TASK?parameter=...
-        "prompt": "prompt",  # names of these columns in the source
-        "completion": "completion",
+        "prompt": "prompt",  # the source's name of this column
+        "completion": "completion",  # the source's name of this column
         "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "completion")},  # and of these
-        "heldout": 64,  # examples to evaluate on, never trained on; drawn from the source, or
-        "heldout_source": "",  # the first ones of this source
+        "heldout": 64,  # examples to evaluate on, never trained on
+        "heldout_source": "",  # a source whose first examples these are; empty: they are drawn from the other
         "length": 0,  # tokens in a row, an answer included; 0: as many as the longest example has
     }
     return config.lock()

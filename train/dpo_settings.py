@@ -12,23 +12,23 @@ def dpo() -> Config:
     config = settings.common()
     config.update(
         {
-            "loss": "dpo",  # or "ipo", "kto", "orpo", "simpo": train/preferences.py
+            "loss": "dpo",  # "dpo", "ipo", "kto", "orpo" or "simpo": train/preferences.py
             "beta": 0.0,  # how strongly the reference holds, or what else the loss has for it; 0: the loss's own
             "smoothing": 0.0,  # of "dpo": the share of pairs that may be the wrong way round
             "margin": 1.0,  # of "simpo": by how much the better answer's reward is to be larger
             "desirable": 1.0,  # of "kto": what good answers weigh
-            "undesirable": 1.0,  # and bad ones
-            "reference": "base",  # computed with the base in every step, or "precomputed", once, before the first
+            "undesirable": 1.0,  # of "kto": what bad answers weigh
+            "reference": "base",  # run in every step; or "precomputed", once, before the first
         }
     )
     config.data = {
         "source": "",  # pairs or judged answers: a file or folder, tfds:NAME, hf:NAME, gsm8k_solutions:FILE
-        "prompt": "prompt",  # names of these columns in the source
-        "chosen": "chosen",
-        "rejected": "rejected",
+        "prompt": "prompt",  # the source's name of this column
+        "chosen": "chosen",  # the source's name of this column
+        "rejected": "rejected",  # the source's name of this column
         "columns": {name: name for name in formats.COLUMNS if name not in ("prompt", "chosen", "rejected")},
-        "heldout": 64,  # pairs to evaluate on, whose prompts are never trained on; drawn from the source, or
-        "heldout_source": "",  # the first ones of this source
+        "heldout": 64,  # pairs to evaluate on, whose prompts are never trained on
+        "heldout_source": "",  # a source whose first pairs these are; empty: they are drawn from the other
         "length": 0,  # tokens in a row; 0: as many as the longest answer has with its prompt
     }
     return config.lock()
