@@ -39,8 +39,8 @@ def answers(name, seed=0, spread=0.4):
         "sampled": np.where(mask, sampled, np.nan),
         "base": np.where(mask, base, np.inf),
         "advantages": advantage.reshape(B),
-        "weights": policy.OBJECTIVES[name].weigh(counted),
     }
+    batch["weights"], batch["shares"] = policy.OBJECTIVES[name].weigh(counted)
     return np.where(mask, learner, -np.inf), {k: jnp.asarray(v, jnp.float32) for k, v in batch.items()}, counted
 
 
@@ -76,11 +76,17 @@ def written_out(name, learner, batch, counted, clip, kl):
     return total, gradient
 
 
+def mean(name, learner, batch, **options):
+    """The loss as `make_update` has it: divided, and what more there is."""
+    total, count, numbers = policy.loss(policy.OBJECTIVES[name], learner, batch, **options)
+    return total / count, numbers
+
+
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 @pytest.mark.parametrize("name", policy.OBJECTIVES)
 def test_loss_and_gradient_are_the_formulas(name, kl):
     learner, batch, counted = answers(name)
-    f = functools.partial(policy.loss, policy.OBJECTIVES[name], clip=0.2, kl=kl)
+    f = functools.partial(mean, name, clip=0.2, kl=kl)
     (value, numbers), gradient = jax.value_and_grad(f, has_aux=True)(jnp.asarray(learner, jnp.float32), batch)
     expected, slope = written_out(name, learner, batch, counted, 0.2, kl)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -88,9 +94,9 @@ def test_loss_and_gradient_are_the_formulas(name, kl):
     assert np.all(np.asarray(gradient)[~counted] == 0)  # exactly
     assert np.any(np.asarray(gradient)[counted] != 0)
     ratios = np.exp(learner - np.asarray(batch["sampled"], np.float64))[counted]
-    np.testing.assert_allclose(numbers["ratio"] / numbers["tokens"], ratios.mean(), rtol=1e-5)
+    np.testing.assert_allclose(numbers["ratio"] / numbers["counted"], ratios.mean(), rtol=1e-5)
     np.testing.assert_allclose(numbers["ratio_max"], ratios.max(), rtol=1e-5)
-    np.testing.assert_allclose(numbers["gap"], np.abs(np.log(ratios)).max(), rtol=1e-4)
+    np.testing.assert_allclose(numbers["gap_max"], np.abs(np.log(ratios)).max(), rtol=1e-4)
     assert (numbers["kl"] > 0) == (kl > 0)
     assert (numbers["clipped"] > 0) == (name != "policy_gradient")
     # Partners: another clip, another KL, and another objective are another loss.
@@ -124,17 +130,17 @@ def test_advantages_of_a_group():
 def test_parts_of_a_batch_add_up(name):
     learner, batch, _ = answers(name)
     f = functools.partial(policy.loss, policy.OBJECTIVES[name], kl=0.1)
-    whole = f(jnp.asarray(learner, jnp.float32), batch)[0]
+    whole = f(jnp.asarray(learner, jnp.float32), batch)[:2]
     parts = [
-        f(jnp.asarray(learner[rows], jnp.float32), {k: v[rows] for k, v in batch.items()})[0]
+        f(jnp.asarray(learner[rows], jnp.float32), {k: v[rows] for k, v in batch.items()})[:2]
         for rows in (slice(0, 5), slice(5, B))
     ]
-    np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(parts, axis=0), whole, rtol=1e-5)
 
 
 def test_nothing_to_learn_gives_nothing():
     for objective in policy.OBJECTIVES.values():
-        assert not objective.weigh(np.zeros((2, 3), bool)).any()
+        assert not any(x.any() for x in objective.weigh(np.zeros((2, 3), bool)))
 
 
 @pytest.fixture(scope="module")

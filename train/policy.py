@@ -24,34 +24,37 @@ class Objective(NamedTuple):
     """What an objective is made of.
 
     Attributes:
-      weigh: weights_BN of the tokens, from mask_BN; they do not depend on what is learned.
+      weigh: gives, for mask_BN, the weights of the tokens and of the answers, [B, N] and [B]; a loss is divided by the
+        sum of the latter.
       deviation: divide the advantage by the standard deviation of the group's rewards.
       clipped: take min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) for ρ A.
     """
 
-    weigh: Callable[[np.ndarray], np.ndarray]
+    weigh: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     deviation: bool = False
     clipped: bool = True
 
 
-def per_answer(mask_BN: np.ndarray) -> np.ndarray:
+def per_answer(mask_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums over an answer, averaged over the answers: 1/B."""
-    return mask_BN / max(mask_BN.any(axis=1).sum(), 1)
+    return mask_BN.astype(np.float32), mask_BN.any(axis=1).astype(np.float32)
 
 
-def per_token(mask_BN: np.ndarray) -> np.ndarray:
+def per_token(mask_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean over all tokens: 1/Σ|o|."""
-    return mask_BN / max(mask_BN.sum(), 1)
+    return mask_BN.astype(np.float32), mask_BN.sum(axis=1, dtype=np.float32)
 
 
-def per_own_length(mask_BN: np.ndarray) -> np.ndarray:
+def per_own_length(mask_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean over an answer, averaged over the answers: 1/(B |o|)."""
-    return per_answer(mask_BN) / np.maximum(mask_BN.sum(axis=1, keepdims=True), 1)
+    weights_BN, answers_B = per_answer(mask_BN)
+    return weights_BN / np.maximum(mask_BN.sum(axis=1, keepdims=True, dtype=np.float32), 1), answers_B
 
 
-def per_longest(mask_BN: np.ndarray) -> np.ndarray:
+def per_longest(mask_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums over an answer divided by the most tokens it may have, averaged over the answers: 1/(B N)."""
-    return per_answer(mask_BN) / mask_BN.shape[1]
+    weights_BN, answers_B = per_answer(mask_BN)
+    return weights_BN / np.float32(mask_BN.shape[1]), answers_B
 
 
 OBJECTIVES = {
@@ -92,20 +95,21 @@ def advantages(rewards_PG: np.ndarray, deviation: bool = False) -> tuple[np.ndar
 
 def loss(
     objective: Objective, log_probs_BN: jax.Array, batch: Batch, clip: float = 0.2, kl: float = 0.0
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Σ w·(-ρ̂ A + β k3), with ρ = p_learner/p_sampler and k3 = p_base/p_learner - log(p_base/p_learner) - 1.
 
     Args:
       objective: one of `OBJECTIVES`.
       log_probs_BN: of the learner; differentiated.
       batch: `sampled`, the sampler's log-probabilities [B, N]; `advantages` [B]; `weights` [B, N], 0 where a token
-        does not count; and, where kl is not 0, `base`, the log-probabilities [B, N] of what it is to stay close to.
+        does not count, and `shares` [B], from `Objective.weigh`; and, where kl is not 0, `base`, the
+        log-probabilities [B, N] of what it is to stay close to.
       clip: ε.
       kl: β.
 
     Returns:
-      The loss, and sums or extremes over the tokens that count, to be added or compared over the parts of a batch:
-      `tokens`, `ratio`, `clipped`, `kl` are sums, `ratio_max` and `gap` (the largest |log ρ|) are maxima.
+      The sum, what it is to be divided by, and more numbers over the tokens that count: the sums `counted` (1 each),
+      `ratio`, `clipped`, `kl`, and the largest ρ and |log ρ|, `ratio_max` and `gap_max`.
 
     Source: k3, an unbiased estimate of KL(learner, base) that is never negative: Schulman 2020,
       http://joschu.net/blog/kl-approx.html.
@@ -119,10 +123,10 @@ def loss(
     gain_BN, limited_BN = ratio_BN * advantages_BN, jnp.clip(ratio_BN, 1 - clip, 1 + clip) * advantages_BN
     terms_BN = -jnp.minimum(gain_BN, limited_BN) if objective.clipped else -gain_BN
     numbers = {
-        "tokens": counts_BN.sum(),
+        "counted": counts_BN.sum(),
         "ratio": jnp.sum(ratio_BN * counts_BN),
         "ratio_max": jnp.max(ratio_BN, where=counts_BN, initial=0.0),
-        "gap": jnp.max(jnp.abs(log_ratio_BN)),
+        "gap_max": jnp.max(jnp.abs(log_ratio_BN)),
         "clipped": jnp.sum(counts_BN & (limited_BN < gain_BN)) if objective.clipped else jnp.int32(0),
         "kl": jnp.float32(0),
     }
@@ -131,7 +135,7 @@ def loss(
         k3_BN = jnp.expm1(behind_BN) - behind_BN
         terms_BN = terms_BN + kl * k3_BN
         numbers["kl"] = k3_BN.sum()
-    return jnp.sum(weights_BN * terms_BN), numbers
+    return jnp.sum(weights_BN * terms_BN), jnp.sum(batch["shares"]), numbers
 
 
 def log_probs(
