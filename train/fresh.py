@@ -1,7 +1,8 @@
-"""Writes a small model that knows nothing: random weights, and a tokenizer made from the texts that it is to read."""
+"""Writes a small model that knows nothing: random weights, and a tokenizer for the prompts of one task."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,52 +13,41 @@ from lora_jax.models import config as configs
 from lora_jax.models import decoder
 
 END = "<|endoftext|>"
+_BYTES = {name: i for i, name in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
 
 
-def tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Byte-level pairs merged by frequency, every digit alone.
-
-    Args:
-      texts: to count pairs in.
-      size: most tokens; at least the 256 bytes and the end.
-    """
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers
-    made.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
+def tokenizer(prompts: Sequence[str]) -> tokenizers.Tokenizer:
+    """Every byte a token, and what all prompts begin with, their instruction, one more."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_BYTES, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=split.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(texts, trainer)
+    made.add_special_tokens([END])
+    if instruction := os.path.commonprefix(prompts):
+        made.add_tokens([instruction])
     return made
 
 
 def write(
     folder: Path,
-    texts: Iterable[str],
+    prompts: Sequence[str],
     *,
     dim: int,
     layers: int,
     heads: int,
     context: int = 128,
-    size: int = 512,
     seed: int = 0,
 ) -> None:
     """Writes a random Llama and its tokenizer as a Hugging Face folder, without a chat template.
 
     Args:
       folder: made if it is missing.
-      texts: for the tokenizer.
+      prompts: for the tokenizer.
       dim, layers, heads: D, L, H; D/H to a head, and 3 D in the MLP.
       context: positions.
-      size: most tokens in the vocabulary.
       seed: of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = tokenizer(texts, size)
+    made = tokenizer(prompts)
     made.save(str(folder / "tokenizer.json"))
     values = {
         "model_type": "llama",
