@@ -1,19 +1,68 @@
-"""Writes a small model that knows nothing: random weights, and a tokenizer for the prompts of one task."""
+"""Makes a small model for one task: `python -m train.fresh --config=configs/rl_base.py`.
+
+Random weights and a tokenizer of the task's prompts, then supervised fine-tuning as far as the config says. What comes
+out is a folder as `transformers` has them, `RUN/model`. The same command, run again, goes on where it stopped.
+"""
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import tokenizers
+from ml_collections import ConfigDict, config_flags
 
-from lora_jax.interop import safetensors
+from lora_jax import checkpoint
+from lora_jax.data import sources
+from lora_jax.interop import hf, safetensors
 from lora_jax.models import config as configs
 from lora_jax.models import decoder
+from train import config as settings
+from train import examples, launch, sft
 
+CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/rl_base.py")
 END = "<|endoftext|>"
 _BYTES = {name: i for i, name in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def main(_: list[str]) -> None:
+    """Reads the command line and makes the model."""
+    config, name = launch.settings(CONFIG)
+    make(config, Path(config.run or f"runs/{name}"), name)
+
+
+def make(config: settings.Config, folder: Path, name: str) -> Path:
+    """Makes the model, as far as it is not made yet.
+
+    Args:
+      config: `model`, arguments of `write`; `sft`, settings of supervised fine-tuning, of every parameter.
+      folder: of the run.
+      name: of the experiment, for the report.
+
+    Returns:
+      The folder of the model.
+
+    Raises:
+      ValueError, OSError, ArithmeticError: with one line that says what to change.
+    """
+    fresh, model = folder / "fresh", folder / "model"
+    if (model / "config.json").is_file():
+        print(f"{model}: is there already")
+        return model
+    if not (fresh / "config.json").is_file():
+        asked = sources.load(config.sft.data.source, examples.columns(config.sft))
+        write(fresh, [example.messages[0]["content"] for example in asked], **config.model)
+    sft.train(ConfigDict({**config.sft.to_dict(), "model": str(fresh), "method": "full"}), folder, name)
+    start = hf.load(fresh)
+    params = checkpoint.load(folder / "checkpoints", start.params, checkpoint.fingerprint(start.params))
+    safetensors.save(model, start.config, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):  # with the last one the folder is a model
+        shutil.copyfile(fresh / file, model / file)
+    print(f"{model}: written")
+    return model
 
 
 def tokenizer(prompts: Sequence[str]) -> tokenizers.Tokenizer:
@@ -66,3 +115,7 @@ def write(
     safetensors.save(folder, config, decoder.init(jax.random.key(seed), config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
     (folder / "config.json").write_text(json.dumps(values, indent=1))  # last: with it the folder is a model
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -60,7 +60,8 @@ def train(config: Config, folder: Path, name: str) -> None:
     base, trainable = methods.start(jax.random.key(config.seed), config, model, forward, asked)
     plain = config.method in ("full", *methods.SOFT)
     trained = config.method if plain else f"{config.method} {methods.spec(config)!r}"
-    print(f"{config.model}: {config.method}, {lora.count(trainable):,} parameters")
+    about = f"{config.model}: {config.policy.objective}, {trained}, {lora.count(trainable):,} parameters"
+    print(about)
     before = base
     if config.policy.kl and base is None:
         before = jax.tree.map(jnp.copy, model.params)  # what is trained takes the memory of the other
@@ -108,6 +109,7 @@ def train(config: Config, folder: Path, name: str) -> None:
             config,
             folder,
             name,
+            about=about,
             identity=identity,
             trainable=trainable,
             optimizer=tx.init(trainable),
@@ -215,4 +217,4 @@ def _learned(made: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, rl_settings.rl)
