@@ -1,4 +1,4 @@
-"""A small model that has begun to learn a task: it spells words backward, and gets less than a third of the letters right.
+"""A small model that has begun to learn a task: words spelled backward, less than a third of the letters right.
 
 Reproduces: where reinforcement learning begins; a decoder of 0.5 million parameters, random before.
 Command:    python -m train.fresh --config=configs/rl_base.py

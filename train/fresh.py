@@ -5,7 +5,6 @@ out is a folder as `transformers` has them, `RUN/model`. The same command, run a
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +70,8 @@ def tokenizer(prompts: Sequence[str]) -> tokenizers.Tokenizer:
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens([END])
-    if instruction := os.path.commonprefix(prompts):
+    first, last = min(prompts), max(prompts)  # all prompts begin with what these two have in common
+    if instruction := first[: next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))]:
         made.add_tokens([instruction])
     return made
 

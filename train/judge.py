@@ -1,9 +1,10 @@
 """Runs rewards in processes of their own, so that one that hangs or crashes costs one answer.
 
-    python -m train.judge '[["gsm8k", 1.0]]'   reads pickled (answer, entry) pairs, writes pickled Scores: a worker
+python -m train.judge '[["gsm8k", 1.0]]'   reads pickled (answer, entry) pairs, writes pickled Scores: a worker
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pickle
@@ -118,10 +119,8 @@ class _Worker:
         status = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
-            try:
+            with contextlib.suppress(OSError):  # what was not yet sent has nowhere to go
                 pipe.close()
-            except OSError:  # what was not yet sent has nowhere to go
-                pass
         return status
 
 

@@ -103,7 +103,9 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
             axes.plot(np.arange(1, len(run["reward"]) + 1), run["reward"], color=f"C{i}", alpha=0.25, linewidth=0.6)
         steps = [step for step, _ in own[0]["heldout"]]
         means = np.mean([[reward for _, reward in run["heldout"]] for run in own], axis=0)
-        axes.plot(steps, means, "o-", color=f"C{i}", label=f"{variant}, mean of {len(own)}", linewidth=1.5, markersize=4)
+        axes.plot(
+            steps, means, "o-", color=f"C{i}", label=f"{variant}, mean of {len(own)}", linewidth=1.5, markersize=4
+        )
     for level in (LOW, HIGH):
         axes.axhline(level, color="gray", linestyle=":", linewidth=0.8)
     axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))

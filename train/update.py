@@ -27,8 +27,8 @@ def make_update(
 
     Returns:
       `update(trainable, optimizer, base, batch, key)`, which gives the first two anew, and numbers: `loss`, the other
-      sums as means, the maxima, `gradient_norm` and, where the batch has `segments`, `tokens`. It takes the memory of the first
-      two; the base stays.
+      sums as means, the maxima, `gradient_norm` and, where the batch has `segments`, `tokens`. It takes the memory of
+      the first two; the base stays.
     """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
