@@ -9,6 +9,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
+from lora_jax.data import kinds
 from lora_jax.interop import hf
 from lora_jax.models import decoder
 from train import fresh, loop, seeds
@@ -42,6 +43,15 @@ def test_a_fresh_model_loads_and_follows_its_seed(tmp_path):
     assert all(same) and not all(other)
 
 
+def test_a_share_of_the_lessons_is_the_wrong_way_round():
+    tasks = [kinds.Task(str(i), [{"role": "user", "content": f"Say {i}"}], f"{i}x", {}) for i in range(1000)]
+    taught = fresh.lessons(tasks, 0.75, seed=0)
+    wrong = [lesson["completion"][0] == "x" for lesson in taught]
+    assert 700 < sum(wrong) < 800 and taught == fresh.lessons(tasks, 0.75, seed=0) != fresh.lessons(tasks, 0.75, seed=1)
+    assert [lesson["prompt"] for lesson in taught] == [task.messages[0]["content"] for task in tasks]
+    assert not any(lesson["completion"][0] == "x" for lesson in fresh.lessons(tasks, 0.0, seed=0))
+
+
 @pytest.mark.slow
 def test_runs_over_seeds_are_made_once(tmp_path, monkeypatch, capsys):
     lines = [{"prompt": f"Say: {a}{b}", "answer": f"{b}{a}"} for a in range(6) for b in range(6)]
@@ -53,6 +63,7 @@ def test_runs_over_seeds_are_made_once(tmp_path, monkeypatch, capsys):
         def get_config():
             config = ConfigDict()
             config.model = {{"dim": 16, "layers": 1, "heads": 2, "context": 32}}
+            config.mistakes = 0.5
             config.sft = defaults.sft()
             config.sft.data.source, config.sft.data.heldout, config.sft.eval.answers = {str(data)!r}, 4, 0
             config.sft.steps, config.sft.batch_size, config.sft.optim.lr = 4, 4, 1e-3

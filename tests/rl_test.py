@@ -130,9 +130,8 @@ def test_failed_rewards_are_left_out_and_told(model, tmp_path, capsys):
     rl.train(config, tmp_path / "run", "sometimes")
     failed = [line["failed_rewards"] for line in trained(tmp_path / "run")]
     assert sum(failed) > 0
-    assert (
-        f"{failed[0]} of 16 rewards failed, and their answers are left out: KeyError: 'odd'" in capsys.readouterr().out
-    )
+    told = f"{failed[0]} of 16 rewards failed, and their answers are left out: KeyError: 'odd'"
+    assert told in capsys.readouterr().out
     config.reward.functions = (("tiny_rewards:never", 1.0),)
     with pytest.raises(ValueError, match="tiny_rewards:never: fails for all of 8 answers, first with: KeyError: 'no'"):
         rl.train(config, tmp_path / "never", "never")

@@ -26,7 +26,6 @@ from train import judge, launch, loop, methods, policy, rl_settings, rollout
 from train.run import Evaluation, run
 from train.update import make_update
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/rl.py")
 SAMPLES = 5  # answers kept for the report
 
 Tree = Any
@@ -216,5 +215,6 @@ def _learned(made: list[dict[str, float]]) -> dict[str, float]:
     return numbers | {"ratio_max": max(out["ratio_max"] for out in made), "sampler_gap": made[0]["gap_max"]}
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # only then: other scripts, which have a flag of this name, run this one
+    CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/rl.py")
     launch.run(main, rl_settings.rl)

@@ -16,20 +16,19 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from lora_jax.trace import table
-from train import fresh, launch, loop, rl
+from train import fresh, launch, loop, rl, sft
 from train.config import Config
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/rl_seeds.py")
 PHASES = ("sampling_seconds", "judging_seconds", "learning_seconds")
 LOW, HIGH = 0.35, 0.8  # the rewards that a run is to begin below, and to end above
 
 
 def main(_: list[str]) -> None:
     """Reads the command line and runs."""
-    config, name = launch.settings(CONFIG)
+    config, name = launch.settings(sft.CONFIG)
     compare(config, Path(config.run or f"runs/{name}"))
 
 
@@ -103,9 +102,8 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
             axes.plot(np.arange(1, len(run["reward"]) + 1), run["reward"], color=f"C{i}", alpha=0.25, linewidth=0.6)
         steps = [step for step, _ in own[0]["heldout"]]
         means = np.mean([[reward for _, reward in run["heldout"]] for run in own], axis=0)
-        axes.plot(
-            steps, means, "o-", color=f"C{i}", label=f"{variant}, mean of {len(own)}", linewidth=1.5, markersize=4
-        )
+        label = f"{variant}, mean of {len(own)}"
+        axes.plot(steps, means, "o-", color=f"C{i}", label=label, linewidth=1.5, markersize=4)
     for level in (LOW, HIGH):
         axes.axhline(level, color="gray", linestyle=":", linewidth=0.8)
     axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
