@@ -18,10 +18,10 @@ QUICK = ("lora", "full")
 
 @pytest.fixture(autouse=True)
 def own_rewards(tmp_path, monkeypatch):
-    """Short answers are good ones: something that a random model can learn at once."""
+    """What is good is plain ASCII: something that a random model can learn at once."""
     source = """
-        def short(answer, entry):
-            return -len(answer.encode()) / 8
+        def plain(answer, entry):
+            return sum(letter.isascii() for letter in answer) / max(len(answer), 1)
 
         def equal(answer, entry):
             return 0.5
@@ -29,7 +29,7 @@ def own_rewards(tmp_path, monkeypatch):
         def sometimes(answer, entry):
             if len(answer) % 2:
                 raise KeyError("odd")
-            return -len(answer) / 8
+            return plain(answer, entry)
 
         def never(answer, entry):
             raise KeyError("no")
@@ -48,7 +48,7 @@ def configured(model, tmp_path, **changes):
     config.sampler.prompts, config.sampler.samples, config.sampler.max_new = 4, 4, 5
     config.batch_size = 16
     config.optim.lr = 2e-2
-    config.reward.functions = (("tiny_rewards:short", 1.0),)
+    config.reward.functions = (("tiny_rewards:plain", 1.0),)
     config.checkpoint.every = 3
     config.lora.rank = 4
     for name, value in changes.items():
@@ -71,7 +71,7 @@ def rewards(folder):
 def test_it_learns_what_is_rewarded(method, model, tmp_path, capsys):
     config = configured(model, tmp_path, method=method, steps=12)
     config.lora.rank = 0 if method in ("ia3", "norms") else 4
-    config.optim.lr = 2e-2 * methods.METHODS[method].rate
+    config.optim.lr = 2e-2 * max(methods.METHODS[method].rate, 0.3)
     rl.train(config, tmp_path / "run", method)
     before, after = rewards(tmp_path / "run")
     assert after > before
