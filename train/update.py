@@ -20,15 +20,15 @@ def make_update(
 
     Args:
       loss: `loss(tree, batch)` gives a sum over items, their count, and, if there is more to record, a dict of other
-        sums over the same items. A part of a batch is a batch.
+        sums over the same items, and of maxima, whose names end in "_max". A part of a batch is a batch.
       tree: `tree(trainable, base, key)` gives what `loss` takes.
       tx: the optimizer.
       accumulate: parts that a batch is computed in; divides its rows.
 
     Returns:
       `update(trainable, optimizer, base, batch, key)`, which gives the first two anew, and numbers: `loss`, the other
-      sums as means, `gradient_norm` and, where the batch has `segments`, `tokens`. It takes the memory of the first
-      two; the base stays.
+      sums as means, the maxima, `gradient_norm` and, where the batch has `segments`, `tokens`. It takes the memory of
+      the first two; the base stays.
     """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -44,8 +44,10 @@ def make_update(
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
         zero = jax.tree.map(jnp.zeros_like, trainable)
         gradient, sums = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))
-        count, sums = jax.tree.map(lambda x: x.sum(0), sums)
-        gradient, numbers = jax.tree.map(lambda x: x / count, (gradient, sums))
+        counts, sums = sums
+        count = counts.sum()
+        gradient = jax.tree.map(lambda x: x / count, gradient)
+        numbers = {name: x.max() if name.endswith("_max") else x.sum() / count for name, x in sums.items()}
         updates, optimizer = tx.update(gradient, optimizer, trainable)
         numbers |= {"gradient_norm": optax.tree.norm(gradient), "tokens": tokens(batch)}
         return optax.apply_updates(trainable, updates), optimizer, numbers
