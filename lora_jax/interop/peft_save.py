@@ -36,6 +36,7 @@ def save(
     config: DecoderConfig,
     params: Any,
     card: Card | None = None,
+    uniform: bool = False,
 ) -> None:
     """Writes adapters as PEFT does, with the fingerprint of their base and a model card.
 
@@ -49,6 +50,7 @@ def save(
       config: of the decoder that they are for.
       params: the decoder's.
       card: what is known of them.
+      uniform: write every layer at its full rank, those of zeros too: files without patterns, as servers ask for.
 
     Raises:
       ValueError: the adapters are not the decoder's, are not finite, or PEFT has nothing that computes the same.
@@ -57,7 +59,7 @@ def save(
     if isinstance(adapters, Prompt | Prefix):
         tensors, settings = peft_soft.write(adapters, config)
     else:
-        writer = _Writer(adapters, config, leaves_by_path(params))
+        writer = _Writer(adapters, config, leaves_by_path(params), uniform)
         tensors, settings = writer.tensors, writer.settings()
     for name, x in tensors.items():
         if not np.isfinite(x).all():
@@ -74,8 +76,8 @@ def save(
 class _Writer:
     """Collects the tensors of adapters, and what the config has to say of them."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], config: DecoderConfig, base: Mapping[str, Any]):
-        self.config, self.base, self.adapters = config, base, adapters
+    def __init__(self, adapters: Mapping[str, Adapter], config: DecoderConfig, base: Mapping[str, Any], uniform: bool):
+        self.config, self.base, self.adapters, self.uniform = config, base, adapters, uniform
         self.table = {key.path: key for key in keys.table(config)}
         self.modules = layout.modules(config)
         self.tensors: dict[str, np.ndarray] = {}
@@ -196,7 +198,7 @@ class _Writer:
             arrays[part] = layout.to_file(fields[part.field], part, own, key, self.config)
         scale, dropout = scale_dropout
         self.dropouts.add(dropout)
-        for layer, (name, rank) in enumerate(zip(names, _ranks(arrays), strict=True)):
+        for layer, (name, rank) in enumerate(zip(names, _ranks(arrays, self.uniform), strict=True)):
             if not rank:
                 continue
             self.adapted[name] = (rank, scale)
@@ -237,7 +239,7 @@ class _Writer:
         return found
 
 
-def _ranks(arrays: Mapping[Part, np.ndarray]) -> list[int]:
+def _ranks(arrays: Mapping[Part, np.ndarray], uniform: bool) -> list[int]:
     """What is needed of each layer's rank, 0 where its adapter does nothing; all of it unless some layer needs that."""
     ranks = [x.shape[1 + part.axes.index("R")] for part, x in arrays.items() if "R" in part.axes]
     rank, uses = max(ranks, default=1), []
@@ -249,7 +251,7 @@ def _ranks(arrays: Mapping[Part, np.ndarray]) -> list[int]:
         else:  # vectors beside the rank: all of it or nothing
             uses.append(rank * busy.reshape(len(x), -1).any(-1))
     needed = np.max(uses, 0)
-    return [int(n) for n in needed] if needed.max() == rank else [rank] * len(needed)
+    return [int(n) for n in needed] if needed.max() == rank and not uniform else [rank] * len(needed)
 
 
 def _alpha(scale: float, rank: int) -> float:
