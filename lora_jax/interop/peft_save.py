@@ -85,6 +85,7 @@ class _Writer:
         self.dropouts: set[float] = set()
         self.whole: list[str] = []  # modules
         self.forward: list[str] = []  # modules whose input IA³ rescales
+        self.biases: dict[str, np.ndarray] = {}  # that are trained
         self.rows: dict[str, list[int]] = {}
         own = {path: adapter for path, adapter in adapters.items() if path != PROJECTIONS}
         if unknown := [path for path in own if path not in self.table]:
@@ -111,6 +112,7 @@ class _Writer:
             self._add(self.table[path], path, adapter)
         if self.kind == "VERA":
             self._projections()
+        self.bias = self._biases() if self.biases else "none"
 
     def settings(self) -> dict[str, Any]:
         """The config."""
@@ -131,12 +133,12 @@ class _Writer:
             collections.Counter(r for r, _ in self.adapted.values()).most_common(1)[0][0],
         )
         if self.kind == "VERA":
-            return {**shared, "r": rank, "vera_dropout": dropout, "save_projection": True, "bias": "none"}
+            return {**shared, "r": rank, "vera_dropout": dropout, "save_projection": True, "bias": self.bias}
         alphas = {name: _alpha(scale, r) for name, (r, scale) in self.adapted.items()}
         alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
         return {
             **shared,
-            **{"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none"},
+            **{"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": self.bias},
             **{"use_rslora": False, "use_dora": self.dora, "fan_in_fan_out": False, "init_lora_weights": True},
             "rank_pattern": self._patterns({name: r for name, (r, _) in self.adapted.items() if r != rank}),
             "alpha_pattern": self._patterns({name: value for name, value in alphas.items() if value != alpha}),
@@ -152,8 +154,9 @@ class _Writer:
         if isinstance(adapter, Leaf):
             values = np.asarray(adapter.value)
             if not key.hf.endswith(".weight"):
-                raise ValueError(f"{path!r} is a bias: PEFT has no place for it; merge it instead")
-            for name, x in zip(names, values if "{}" in key.hf else values[None], strict=True):
+                self.biases[path] = values
+                return
+            for name, x in zip(names, values.reshape(-1, *keys.shape(key, self.config)), strict=True):
                 self.tensors[f"{PREFIX}{name}.weight"] = np.ascontiguousarray(keys.to_file(x, key, self.config))
             self.whole += names
         elif isinstance(adapter, Rows):
@@ -205,6 +208,24 @@ class _Writer:
             for part, x in arrays.items():
                 cut = tuple(slice(rank if letter == "R" else None) for letter in part.axes)
                 self.tensors[f"{PREFIX}{name}.{part.suffix}"] = np.ascontiguousarray(x[layer][cut])
+
+    def _biases(self) -> str:
+        """Writes what is trained, and the base's own where PEFT's setting, which is returned, means more of them."""
+        if self.kind == "IA3":
+            raise ValueError(
+                f"{next(iter(self.biases))!r} is a bias, which PEFT's IA³ does not train; merge it instead"
+            )
+        every = {name: module for name, module in self.modules.items() if name.endswith(".bias")}
+        deeper = {f"{name}.bias": f"{name}.base_layer.bias" for name in self.adapted}
+        only = all(name in deeper for name, module in every.items() if module.key.path in self.biases)
+        for name, (key, place) in every.items():
+            if only and name not in deeper:
+                continue
+            values = self.biases.get(key.path, self.base[key.path])
+            x = np.asarray(values, np.float32).reshape(-1, *keys.shape(key, self.config))[place]
+            tensor = f"{PREFIX}{deeper.get(name, name)}"
+            self.tensors[tensor] = np.ascontiguousarray(keys.to_file(x, key, self.config))
+        return f"{self.kind.lower()}_only" if only else "all"
 
     def _projections(self) -> None:
         shared: Any = self.adapters.get(PROJECTIONS)

@@ -159,7 +159,7 @@ def _nearest(path: str, adapter: DoRA | IA3, leaf: Any, rank: int) -> tuple[LoRA
         found.append((a, b))
         norms.append(lost)
     a, b = (jnp.concatenate(factors) for factors in zip(*found, strict=True))
-    error = deltas.ratio(*(np.array(norm) for norm in zip(*norms, strict=True)))
+    error = deltas.ratio(*(jnp.concatenate(norm) for norm in zip(*norms, strict=True)))
     return LoRA(a.reshape(*stacked, *inp, rank), b.reshape(*stacked, *out, rank), 1.0, axes), error
 
 
