@@ -16,7 +16,7 @@ from lora_jax.interop import peft, portable, safetensors
 from lora_jax.models import decoder
 
 pytestmark = pytest.mark.usefixtures("quick")
-QKV = set(portable.TOGETHER)
+QKV = set(portable.QKV)
 EXACT = {
     "lora": Spec(rank=4, alpha=7),
     "rslora": Spec(rank=3, alpha=5, rslora=True),
@@ -63,7 +63,7 @@ def test_converted_exactly(name, model, tmp_path):
 def test_layers_of_zeros_are_written_too(model, tmp_path):
     config, params = model
     adapters = made(Spec(rank=2, target="q_proj|k_proj|v_proj"), model)
-    first = portable.TOGETHER[0]
+    first = portable.QKV[0]
     adapters[first] = jax.tree.map(lambda x: x.at[1].set(0), adapters[first])
     ready = portable.convert(adapters, config, params)
     for uniform, layers in ((True, 2), (False, 1)):

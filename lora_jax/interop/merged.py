@@ -12,8 +12,10 @@ import numpy as np
 
 from lora_jax.adapters import SHARED, Adapter, weights
 from lora_jax.bottleneck import Bottleneck
+from lora_jax.grouping import written_out
 from lora_jax.interop import safetensors
 from lora_jax.interop.parts import Parts, Place, put
+from lora_jax.methods import LoRA
 from lora_jax.models import keys
 from lora_jax.models.config import DecoderConfig
 from lora_jax.stored import is_stored
@@ -55,7 +57,7 @@ def save(
     for key in keys.table(config):
         if key.path not in base:
             raise ValueError(f"{key.path} is missing from the parameters; is this their config?")
-        leaf, adapter, stacked = base[key.path], adapters.get(key.path), "{}" in key.hf
+        leaf, adapter, stacked = base[key.path], adapters.get(key.path), key.hf.count("{}")
         own = jnp.dtype(dtype or leaf.dtype)
         if adapter is None:
             put(tree, key.path, Parts(leaf.shape, own, stacked, functools.partial(values, leaf)))
@@ -90,31 +92,38 @@ def untied(config: DecoderConfig, params: dict[str, Any]) -> tuple[DecoderConfig
 def dense(
     path: str, leaf: Any, adapter: Adapter, shared: Mapping[str, Any], place: Place
 ) -> tuple[np.ndarray, np.ndarray, Callable[[], np.ndarray]]:
-    """One layer of an adapted weight.
+    """One part of an adapted weight.
 
     Args:
       path: the weight's.
       leaf: the weight.
       adapter: its adapter.
       shared: what adapters have in common.
-      place: the layer, or () for a weight that is in none.
+      place: the layer and perhaps the expert; () for a weight that is in no layer.
 
     Returns:
-      The base's layer and the adapted one, float32, and a function that computes the latter in float64.
+      The base's part and the adapted one, float32, and a function that computes the latter in float64.
     """
     w = jnp.asarray(values(leaf, place), jnp.float32)
-    if place:  # a stack of one, for an adapter's arrays begin with the layers
-        w, adapter = w[None], jax.tree.map(lambda x: x[place[0]][None], adapter)
-    weight = weights({path: w}, {path: adapter, **shared})[path]
+    stacked, first = len(place), (0,) * len(place)
+    w = w.reshape(*(1,) * stacked, *w.shape)  # a stack of one, for an adapter's arrays begin with the stacked axes
+    weight = weights({path: w}, {path: _at(adapter, place), **shared})[path]
 
     def exact() -> np.ndarray:
         total = np.asarray(w, np.float64) + np.asarray(weight.delta(), np.float64)
         gain = weight.resolved().gain
         total = total if gain is None else total * np.asarray(gain.expanded(total.ndim)[..., 0], np.float64)
-        return total[0] if place else total
+        return total[first]
 
-    total = np.asarray(weight.dense())
-    return (np.asarray(w[0]), total[0], exact) if place else (np.asarray(w), total, exact)
+    return np.asarray(w)[first], np.asarray(weight.dense())[first], exact
+
+
+def _at(adapter: Any, place: Place) -> Any:
+    """What of an adapter is for one part of its weight."""
+    common = adapter.common[1] if isinstance(adapter, LoRA) else ()
+    if common and len(place) > 1:  # a factor that all experts share has no axis for them
+        adapter = written_out("", adapter)
+    return jax.tree.map(lambda x: x[tuple(slice(i, i + 1) for i in place)], adapter)
 
 
 def _merged(path, leaf, adapter, shared, dtype, losses: list[tuple[float, float]], place: Place) -> np.ndarray:

@@ -26,7 +26,8 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.soft import Prefix, Prompt
 from lora_jax.tree import leaves_by_path
 
-TOGETHER = ("layers/q_proj/kernel", "layers/k_proj/kernel", "layers/v_proj/kernel")
+QKV = tuple(f"layers/{name}_proj/kernel" for name in "qkv")
+MLP = tuple(f"layers/{name}_proj/kernel" for name in ("gate", "up", "down"))
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be; 16 where it is not given
 SERVERS = ("any", "vllm", "sglang")
 MERGE = "write the merged model instead"
@@ -166,15 +167,15 @@ def _nearest(path: str, adapter: DoRA | IA3, leaf: Any, rank: int) -> tuple[LoRA
 def _missing(
     found: Mapping[str, LoRA], config: DecoderConfig, base: Mapping[str, Any], notes: list[str]
 ) -> dict[str, LoRA]:
-    """Zeros for those of q, k and v that others of them need beside them."""
+    """Zeros for what is loaded together with something that is adapted."""
     table = {key.path: key for key in keys.table(config)}
-    missing = [path for path in TOGETHER if path not in found]
-    if len(missing) == len(TOGETHER):
-        return {}
-    if missing:
-        notes.append(
-            f"{', '.join(path.split('/')[1] for path in missing)} added as zeros: SGLang needs q, k and v together"
-        )
+    missing = []
+    for group, why in ((QKV, "SGLang needs q, k and v together"), (MLP, "an expert's three are loaded together")):
+        absent = [path for path in group if path not in found]
+        dense = group is MLP and layout.axes(table[group[0]]).stacked != (0, 1)
+        if not dense and 0 < len(absent) < len(group):
+            missing += absent
+            notes.append(f"{', '.join(path.split('/')[1] for path in absent)} added as zeros: {why}")
     zeros = {}
     for path in missing:
         axes, shape = layout.axes(table[path]), base[path].shape
