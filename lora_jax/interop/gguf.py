@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from lora_jax.interop import stacked
+from lora_jax.interop import gguf_check, stacked
 from lora_jax.models import config as configs
 from lora_jax.models import keys
 from lora_jax.quantize import Rules
@@ -32,6 +32,7 @@ class File:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give the path of a .gguf file")
+        gguf_check.check(self.path)
         try:
             reader = gguf.GGUFReader(self.path)
         except Exception as error:  # the reader has no exception of its own for a bad file

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lora_jax.interop import stacked
+from lora_jax.interop import guard, stacked
 from lora_jax.models import config as configs
 from lora_jax.models import keys
 from lora_jax.quantize import Rules
@@ -26,7 +26,13 @@ def decoder_config(folder: Path) -> configs.DecoderConfig:
       FileNotFoundError: there is no config.json.
       ValueError: it is corrupt, or the model is not supported.
     """
-    return configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    path = folder / "config.json"
+    settings = read_json(path)
+    with guard.told(path):
+        guard.numbers(settings, path)
+        config = configs.from_hf(settings, str(path))
+        guard.held(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), path)
+    return config
 
 
 def load(
@@ -98,7 +104,8 @@ class Files:
             index = read_json(folder / INDEX)
             if not isinstance(index.get("weight_map"), dict):
                 raise ValueError(f"{folder / INDEX}: has no weight_map; download the file again")
-            self._files = {name: folder / file for name, file in index["weight_map"].items()}
+            names = index["weight_map"].items()
+            self._files = {name: guard.inside(folder, file, folder / INDEX) for name, file in names}
         else:
             self._files = dict.fromkeys(self._open(folder / WEIGHTS).keys(), folder / WEIGHTS)
 
@@ -113,7 +120,7 @@ class Files:
         path = self._files[name]
         try:
             return self._open(path).get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, AttributeError, TypeError) as error:  # the latter two of dtypes that NumPy lacks
             raise ValueError(f"{path}: cannot read tensor {name} ({error}); download the file again") from None
 
 
