@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from lora_jax.interop import gguf_check, stacked
+from lora_jax.interop import gguf_check, guard, stacked
 from lora_jax.models import config as configs
 from lora_jax.models import keys
 from lora_jax.quantize import Rules
@@ -40,6 +40,7 @@ class File:
                 f"{path}: not a whole GGUF file ({type(error).__name__}: {error}); download it again"
             ) from None
         self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        guard.numbers(self.metadata, self.path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -138,6 +139,7 @@ def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[c
       ValueError: an unsupported model, a tensor that is missing or has the wrong shape.
     """
     config = decoder_config(file)
+    guard.held(config, file.path.stat().st_size, file.path)
     interleaved = keys.FAMILIES[config.family].gguf_interleaved
 
     def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:

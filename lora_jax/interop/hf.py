@@ -60,9 +60,11 @@ def load(
     """
     path = packaged() if str(path) == "smollm2" else Path(path)
     if path.is_dir():
-        loaded = _from_folder(path, dtype, quantize, weights)
+        with guard.told(path):
+            loaded = _from_folder(path, dtype, quantize, weights)
     elif path.is_file() and path.suffix == ".gguf":
-        loaded = _from_gguf(path, dtype, quantize, weights)
+        with guard.told(path):
+            loaded = _from_gguf(path, dtype, quantize, weights)
     else:
         raise FileNotFoundError(
             f"{path}: no such folder or GGUF file; give a folder with config.json and safetensors, a .gguf file, "
@@ -93,22 +95,19 @@ def packaged() -> Path:
 
 def _from_gguf(path: Path, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
     file = gguf.File(path)
-    with guard.told(path):
-        guard.numbers(file.metadata, path)
-        guard.held(gguf.decoder_config(file), path.stat().st_size, path)
-        tokenizer = gguf.tokenizer(file)
-        config, params = gguf.load(file, dtype, quantize) if weights else (gguf.decoder_config(file), None)
-        meta = file.metadata
-        eos = meta.get("tokenizer.ggml.eos_token_id")
-        end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
-        special = Special(
-            bos=meta.get("tokenizer.ggml.bos_token_id"),
-            eos=eos,
-            pad=meta.get("tokenizer.ggml.padding_token_id"),
-            end_of_turn=end_of_turn,
-            stop=_distinct([eos, end_of_turn]),
-        )
-        return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special)
+    tokenizer = gguf.tokenizer(file)
+    config, params = gguf.load(file, dtype, quantize) if weights else (gguf.decoder_config(file), None)
+    meta = file.metadata
+    eos = meta.get("tokenizer.ggml.eos_token_id")
+    end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
+    special = Special(
+        bos=meta.get("tokenizer.ggml.bos_token_id"),
+        eos=eos,
+        pad=meta.get("tokenizer.ggml.padding_token_id"),
+        end_of_turn=end_of_turn,
+        stop=_distinct([eos, end_of_turn]),
+    )
+    return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special)
 
 
 def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
@@ -124,16 +123,15 @@ def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None, weights
         token = token["content"] if isinstance(token, dict) else token
         return None if token is None else tokenizer.token_to_id(token)
 
-    with guard.told(folder / "tokenizer_config.json"):
-        eos, stop = token_id("eos"), generation.get("eos_token_id")
-        special = Special(
-            bos=token_id("bos"),
-            eos=eos,
-            pad=token_id("pad"),
-            end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
-            stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
-        )
-        return Checkpoint(config, params, tokenizer, _template(folder, settings), special)
+    eos, stop = token_id("eos"), generation.get("eos_token_id")
+    special = Special(
+        bos=token_id("bos"),
+        eos=eos,
+        pad=token_id("pad"),
+        end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
+        stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
+    )
+    return Checkpoint(config, params, tokenizer, _template(folder, settings), special)
 
 
 def _tokenizer(path: Path) -> tokenizers.Tokenizer:
