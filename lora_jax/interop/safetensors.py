@@ -30,9 +30,7 @@ def decoder_config(folder: Path) -> configs.DecoderConfig:
     settings = read_json(path)
     with guard.told(path):
         guard.numbers(settings, path)
-        config = configs.from_hf(settings, str(path))
-        guard.held(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), path)
-    return config
+        return configs.from_hf(settings, str(path))
 
 
 def load(
@@ -55,6 +53,7 @@ def load(
     folder = Path(folder)
     config = decoder_config(folder)
     files = Files(folder)
+    guard.held(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), folder / "config.json")
 
     def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:
         name = key.hf.format(layer)
