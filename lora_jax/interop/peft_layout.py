@@ -130,7 +130,7 @@ def from_file(x: np.ndarray, part: Part, key: keys.Key, config: DecoderConfig) -
     """The inverse of `to_file`, its axes those of `axes(key)`."""
     x = x.swapaxes(-1, -2) if part.axes == "Rn" else x
     rank = [x.shape[-1]] if "R" in part.axes else []
-    return jnp.array(x.reshape(*stack(key, config), *sizes(key, config, part.side), *rank), jnp.float32)
+    return jnp.asarray(x.reshape(*stack(key, config), *sizes(key, config, part.side), *rank))
 
 
 def rows(leaf: Any, which: Sequence[int]) -> np.ndarray:

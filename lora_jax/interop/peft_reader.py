@@ -62,8 +62,10 @@ class Reader:
         """The arrays of one weight, of all its layers, filled up where a layer has none or a smaller rank."""
         arrays = {}
         for part in parts:
-            shape = layout.shape(part, key, self.config, rank)
-            x = np.full((layout.count(key, self.config), *shape), fill, np.float32)
+            count, shape = layout.count(key, self.config), layout.shape(part, key, self.config, rank)
+            turned = part.axes == "Rn"  # in memory as it is used here, so that no copy is made of all layers
+            x = np.full((count, *(shape[::-1] if turned else shape)), fill, np.float32)
+            x = x.swapaxes(-1, -2) if turned else x
             for name in names:
                 one = self.file.tensor(f"{PREFIX}{name}.{part.suffix}")
                 x[(self.modules[name].place, *map(slice, one.shape))] = one
