@@ -56,10 +56,14 @@ IA3 = {"out": (Part("l", "ia3_l", "out", "n1"),), "in": (Part("l", "ia3_l", "inp
 
 
 def modules(config: DecoderConfig) -> dict[str, Module]:
-    """The modules of a model by their Hugging Face names, in the order of its layers."""
+    """The modules of a model by their Hugging Face names, in the order of its layers.
+
+    Tensors that hold several parameters one after another are not among them: PEFT has one adapter for all of these.
+    """
     return {
         key.hf.format(*place).removesuffix(".weight"): Module(key, i)
         for key in keys.table(config)
+        if "|" not in key.file_axes
         for i, place in enumerate(np.ndindex(*stack(key, config)))
     }
 

@@ -151,6 +151,8 @@ class _Writer:
                 f"{path!r} is this model's head too, which PEFT would leave as it was: merge the adapter instead"
             )
         names = [name for name, module in self.modules.items() if module.key == key]
+        if not names:
+            raise ValueError(f"{path!r} is a part of {key.hf}, for whose parts PEFT has one adapter: merge it instead")
         if isinstance(adapter, Leaf):
             values = np.asarray(adapter.value)
             if not key.hf.endswith(".weight"):
