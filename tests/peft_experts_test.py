@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 CASES = {
     "both": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "one": ["experts.gate_up_proj"],
-    "down": ["model.layers.1.mlp.experts.down_proj", "mlp.experts.down_proj"],
+    "a layer": ["model.layers.1.mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    "down": ["mlp.experts.down_proj"],
 }
 GATE, DOWN = "layers/gate_proj/kernel", "layers/down_proj/kernel"
 

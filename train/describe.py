@@ -34,10 +34,13 @@ def main(_: list[str]) -> None:
     """Reads the command line and describes."""
     if not source.RUN.value:
         raise ValueError("give --run=FOLDER, of a run, a PEFT adapter or a model")
-    describe(Path(source.RUN.value), OTHER.value, PICTURE.value, rich.console.Console())
+    base, force = source.BASE.value, source.FORCE.value
+    describe(Path(source.RUN.value), OTHER.value, PICTURE.value, rich.console.Console(), base, force)
 
 
-def describe(folder: Path, other: str, picture: str, console: rich.console.Console) -> None:
+def describe(
+    folder: Path, other: str, picture: str, console: rich.console.Console, base: str = "", force: bool = False
+) -> None:
     """Prints what a folder holds, or how it is like another.
 
     Args:
@@ -45,6 +48,8 @@ def describe(folder: Path, other: str, picture: str, console: rich.console.Conso
       other: of a second run or adapter; "" for none.
       picture: a PNG to draw; "" for none.
       console: where to print.
+      base: the model below both; "" for the one that they name.
+      force: read PEFT adapters over another base than their fingerprint's.
 
     Raises:
       ValueError, OSError: they cannot be read, or have nothing in common.
@@ -56,7 +61,7 @@ def describe(folder: Path, other: str, picture: str, console: rich.console.Conso
         config, params = parts.load(folder)
         console.print(f"base: {config.family}, {_held(params)}", soft_wrap=True)
         return
-    found = source.read(folder)
+    found = source.read(folder, base, force)
     facts = [f"base: {found.model}, {found.config.family}, {_held(found.params)}", *found.notes]
     console.print("\n".join(facts), soft_wrap=True, highlight=False)
     if found.adapters is None:
@@ -64,14 +69,14 @@ def describe(folder: Path, other: str, picture: str, console: rich.console.Conso
     if isinstance(found.adapters, Prompt | Prefix):
         console.print(f"{type(found.adapters).__name__}: {lora.count(found.adapters):,} parameters")
         return
-    base = leaves_by_path(found.params)
+    leaves = leaves_by_path(found.params)
     if other:
-        shown = compared(found.adapters, source.read(other).adapters, base)
+        shown = compared(found.adapters, source.read(other, base, force).adapters, leaves)
         console.print(likenesses(shown))
         values = {path: likeness.cosine_S for path, likeness in shown.items()}
         title, limits = "cosine of the two changes", (-1.0, 1.0)
     else:
-        changes = contents.changes(found.adapters, base)
+        changes = contents.changes(found.adapters, leaves)
         console.print(table(changes, lora.count(found.adapters)))
         values = {path: change.relative_S for path, change in changes.items()}
         title, limits = "size of the change, ‖Δ‖/‖W‖", (0.0, None)

@@ -37,7 +37,7 @@ def main(_: list[str]) -> None:
     out = Path(OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not empty; give --out a new folder")
-    found = source.read(source.RUN.value, one_sided=FORMAT.value == "merged")
+    found = source.read(source.RUN.value, source.BASE.value, source.FORCE.value, one_sided=FORMAT.value == "merged")
     notes = {"merged": _merged, "peft": _peft, "gguf-lora": _gguf}[FORMAT.value](found, out)
     for line in [*found.notes, *notes]:
         print(line)

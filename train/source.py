@@ -49,11 +49,13 @@ class Source(NamedTuple):
     notes: list[str]
 
 
-def read(folder: str | Path, one_sided: bool = False) -> Source:
+def read(folder: str | Path, base: str = "", force: bool = False, one_sided: bool = False) -> Source:
     """Opens a run, or a PEFT adapter.
 
     Args:
       folder: of either.
+      base: the model below it; "" for the one that it names.
+      force: read a PEFT adapter over another base than its fingerprint's.
       one_sided: give a base whose head is its embedding a head of its own, if a PEFT adapter is of one of the two.
 
     Raises:
@@ -62,15 +64,15 @@ def read(folder: str | Path, one_sided: bool = False) -> Source:
     """
     folder = Path(folder)
     if (folder / peft_config.NAME).is_file():
-        return _peft(folder, one_sided)
+        return _peft(folder, base, force, one_sided)
     if (folder / loop.CONFIG).is_file():
-        return _run(folder)
+        return _run(folder, base)
     raise FileNotFoundError(f"{folder}: neither a run (no {loop.CONFIG}) nor a PEFT adapter (no {peft_config.NAME})")
 
 
-def _run(folder: Path) -> Source:
+def _run(folder: Path, named: str) -> Source:
     run = loop.resolved(folder)
-    run |= {"model": BASE.value or run["model"]}
+    run |= {"model": named or run["model"]}
     config, key, notes = ConfigDict(run), jax.random.key(run["seed"]), []
     versions = json.loads((folder / loop.VERSIONS).read_text())
     dtype = jnp.dtype(run["dtype"] or ("float32" if versions["backend"] == "cpu" else "bfloat16"))
@@ -104,10 +106,10 @@ def _card(folder: Path, run: dict[str, Any], spec: Any) -> peft.Card:
     return peft.Card(_name(run["model"]), spec, run["data"]["source"], steps, named)
 
 
-def _peft(folder: Path, one_sided: bool) -> Source:
+def _peft(folder: Path, base: str, force: bool, one_sided: bool) -> Source:
     settings = peft_config.Settings(folder / peft_config.NAME)
-    model = BASE.value or settings.values.get("base_model_name_or_path") or ""
-    model = "smollm2" if model == PACKAGED and not BASE.value else model
+    model = base or settings.values.get("base_model_name_or_path") or ""
+    model = "smollm2" if model == PACKAGED and not base else model
     if not model:
         raise ValueError(f"{settings.path}: names no base; give --base")
     saved, notes = _saved(folder), []
@@ -120,13 +122,13 @@ def _peft(folder: Path, one_sided: bool) -> Source:
         loaded = hf.load(model)
         config, params = loaded.config, loaded.params
     if one_sided and config.tied and _one_side(settings):
-        if saved and not FORCE.value and fingerprint(params) != saved:
+        if saved and not force and fingerprint(params) != saved:
             raise ValueError(f"{folder}: trained over a base with fingerprint {saved}, not this one; give --base")
         config, params = merged.untied(config, params)
         notes.append("the adapter is of one side of a tied embedding: the head becomes a matrix of its own")
         adapters = peft.load(folder, config, params, force=True)
     else:
-        adapters = peft.load(folder, config, params, FORCE.value)
+        adapters = peft.load(folder, config, params, force)
     return Source(adapters, params, config, model, _file_dtype(model), peft.Card(_name(model)), notes)
 
 
