@@ -1,5 +1,6 @@
 """Real files, spoilt ten thousand ways, load or are one clear line: no crash, nothing slow or large, nothing run."""
 
+import copy
 import json
 import pathlib
 import resource
@@ -55,7 +56,7 @@ def values(rng, whole):
             if isinstance(node[name], dict | list) and node[name] and rng.random() < 0.7:
                 node = node[name]
             else:
-                node[name] = ODD[rng.integers(0, len(ODD))]
+                node[name] = copy.deepcopy(ODD[rng.integers(0, len(ODD))])
                 break
         node = top
     return json.dumps(top).encode()
