@@ -126,7 +126,7 @@ def tokenizer(file: File) -> tokenizers.Tokenizer:
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"{file.path}: tokenizer model {model!r}, pre {pre!r} is not supported (gpt2 with "
-            f"{' or '.join(PRE_TOKENIZERS)} is); use a folder with tokenizer.json instead"
+            f"{' or '.join(PRE_TOKENIZERS)} is); put the model's tokenizer.json into the folder of the file"
         )
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
