@@ -15,7 +15,7 @@ from lora_jax.models import decoder, moe
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick_module")
 N, D, F, E, ACTIVE = 11, 8, 12, 5, 2
 CONFIG = DecoderConfig("qwen3_moe", 61, D, F, 2, 4, 2, 8, 32, qk_norm="head", experts=E, active_experts=ACTIVE)
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
@@ -94,14 +94,13 @@ def test_cost_is_that_of_the_active_experts():
 @pytest.fixture(scope="module")
 def adapted():
     """Parameters, the function, and adapters of everything, all factors random."""
-    params = jax.jit(lambda key: jax.tree.map(lambda w: 2 * w, decoder.init(key, CONFIG)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(decoder.init, config=CONFIG), jax.random.key(0))
+    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), shapes)
     f = functools.partial(decoder.forward, config=CONFIG)
     spec = lora.Spec(rank=4, active_experts=ACTIVE)
     adapters = lora.init(jax.random.key(1), params, lora.trace(f, params, TOKENS), spec)
-    leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    leaves = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return params, f, tree.unflatten(leaves)
+    return params, f, jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), adapters)
 
 
 def test_every_expert_has_factors_of_its_own(adapted):
