@@ -49,6 +49,9 @@ FILES = {
     "smollm3": {},
     "smollm3, listed": {"no_rope_layers": [1, 1, 0, 1, 1, 0], "tie_word_embeddings": False},
     "smollm3, sliding": {"use_sliding_window": True, "sliding_window": 16},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 16, "norm_topk_prob": True},
+    "qwen3_moe, sliding": {"use_sliding_window": True, "sliding_window": 16, "attention_bias": True},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.01},
 }
 

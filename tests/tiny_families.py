@@ -23,6 +23,7 @@ LONG = {
 }
 WINDOW = {"sliding_window": 5}
 HEADS = {"head_dim": 16}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 # Name -> the class of transformers' model, and the changes of its tiny config.
 CASES = {
     "Llama 2": ("Llama", {"num_key_value_heads": 4}),
@@ -52,6 +53,9 @@ CASES = {
         "Phi3",
         {"rope_parameters": LONG, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 2},
     ),
+    "Mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "Qwen3-MoE": ("Qwen3Moe", {**HEADS, **EXPERTS}),
+    "Qwen3-MoE, weights that add up to 1": ("Qwen3Moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
     "OLMo 2": ("Olmo2", {}),
     "SmolLM2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
     "SmolLM3": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
@@ -68,10 +72,10 @@ CASES = {
 }
 
 
-def make(case: str):
+def make(case: str, **more):
     """A float32 model with weights far enough from zero for every part to matter."""
     # A copy: transformers writes into the dicts of its configs.
-    name, changes = CASES[case]
+    name, changes = CASES[case][0], CASES[case][1] | more
     torch.manual_seed(0)
     config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
     model = getattr(transformers, f"{name}ForCausalLM")(config(**copy.deepcopy(tiny_llama.SMALL | changes))).eval()

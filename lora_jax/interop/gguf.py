@@ -1,6 +1,5 @@
 """Reads llama.cpp's GGUF files: weights, tokenizer and chat template."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from lora_jax.interop import gguf_check, guard, stacked
-from lora_jax.models import config as configs
+from lora_jax.interop import gguf_check, gguf_config, guard, stacked
+from lora_jax.interop.gguf_config import ARCHITECTURES
 from lora_jax.models import keys
+from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import Rules
 
 CONTROL, USER_DEFINED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
@@ -46,15 +46,18 @@ class File:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The named tensor, dequantised to float32, its longest-stride axis first.
+    def tensor(self, name: str, *index: int) -> np.ndarray:
+        """The named tensor, or what is at an index of its first axes, as float32, its longest-stride axis first.
 
         Raises:
           ValueError: its type is not one that the gguf package can dequantise.
         """
         tensor = self._tensors[name]
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.dequantize(tensor.data[index], tensor.tensor_type)
+        except IndexError:
+            shape = tensor.shape.tolist()[::-1]
+            raise ValueError(f"{self.path}: tensor {name} {shape} has no part {list(index)}; it is not whole") from None
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which the installed gguf package "
@@ -62,69 +65,18 @@ class File:
             ) from None
 
 
-def decoder_config(file: File) -> configs.DecoderConfig:
+def decoder_config(file: File) -> DecoderConfig:
     """The shape of the model in a GGUF file.
 
     Raises:
       ValueError: an unsupported model.
     """
-    factors = None
-    if "rope_freqs.weight" in file:
-        factors = tuple(float(f) for f in file.tensor("rope_freqs.weight"))
-    return from_gguf(file.metadata, "output.weight" not in file, factors, str(file.path))
+    names = {name: f"rope_{name}.weight" for name in ("freqs", "factors_short", "factors_long")}
+    factors = {name: file.tensor(tensor).tolist() for name, tensor in names.items() if tensor in file}
+    return gguf_config.read(file.metadata, file, factors, str(file.path))
 
 
-def from_gguf(
-    metadata: Mapping[str, Any],
-    tied: bool,
-    rope_factors: tuple[float, ...] | None = None,
-    source: str = "the GGUF file",
-) -> configs.DecoderConfig:
-    """Reads the metadata of a GGUF file.
-
-    Args:
-      metadata: the file's key/value pairs.
-      tied: the file has no output matrix of its own.
-      rope_factors: the file's `rope_freqs` tensor, if it has one.
-      source: path named in error messages.
-
-    Returns:
-      The decoder's shape.
-
-    Raises:
-      ValueError: a field is missing, or asks for something this decoder does not compute.
-    """
-    arch = metadata.get("general.architecture")
-    if arch != "llama":
-        raise ValueError(f"{source}: general.architecture {arch!r} is not supported; use one of: llama")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"{source}: llama.rope.scaling.type {scaling!r} is not supported")
-    if metadata.get("llama.expert_count", 0):
-        raise ValueError(f"{source}: {metadata['llama.expert_count']} experts per layer are not supported")
-    try:
-        heads, dim = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
-        read = configs.DecoderConfig(
-            family=arch,
-            vocab=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
-            dim=dim,
-            hidden=metadata["llama.feed_forward_length"],
-            layers=metadata["llama.block_count"],
-            heads=heads,
-            kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-            head_dim=metadata.get("llama.attention.key_length", dim // heads),
-            context=metadata["llama.context_length"],
-            norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
-            rope_base=metadata.get("llama.rope.freq_base", 10_000.0),
-            rope_factors=rope_factors,
-            tied=tied,
-        )
-    except KeyError as missing:
-        raise ValueError(f"{source}: the metadata field {missing} is missing") from None
-    return configs.checked(read, source)
-
-
-def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[configs.DecoderConfig, dict[str, Any]]:
+def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[DecoderConfig, dict[str, Any]]:
     """The config and the parameters of a GGUF file.
 
     Args:
@@ -140,15 +92,21 @@ def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[c
     """
     config = decoder_config(file)
     guard.held(config, file.path.stat().st_size, file.path)
-    interleaved = keys.FAMILIES[config.family].gguf_interleaved
+    arch = file.metadata["general.architecture"]
+    architecture = next(enum for enum, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(architecture, config.layers)
 
-    def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:
-        name = key.gguf.format(layer)
+    def read(key: keys.Key, place: stacked.Place) -> tuple[str, np.ndarray | None]:
+        # The experts of a layer are one tensor here.
+        stem, end = key.hf.replace("experts.{}", "experts").format(*place[:1]).rsplit(".", 1)
+        name = f"{names.get_name(stem) or stem}.{end}"
         if name not in file:
             return name, None
-        x = file.tensor(name)
-        if key.rotary and interleaved and x.shape == keys.file_shape(key, config):
+        x = file.tensor(name, *place[1:])
+        if key.rotary and ARCHITECTURES[arch].interleaved and x.shape == keys.file_shape(key, config):
             x = _half_rotation(x, config.head_dim)
+        if key.path.endswith("norm/scale") and config.norm_offset:
+            x = x - np.float32(config.norm_offset)  # it is added in the file
         return name, x
 
     return config, stacked.read(config, read, dtype, file.path, quantize)
@@ -156,7 +114,7 @@ def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[c
 
 def _half_rotation(x: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of each head from (0, h/2, 1, h/2 + 1, ...), which pairs neighbours, to 0 ... h-1."""
-    pairs = x.reshape(-1, head_dim // 2, 2, x.shape[-1])
+    pairs = x.reshape(-1, head_dim // 2, 2, *x.shape[1:])
     return pairs.swapaxes(1, 2).reshape(x.shape)
 
 
@@ -171,7 +129,7 @@ def tokenizer(file: File) -> tokenizers.Tokenizer:
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"{file.path}: tokenizer model {model!r}, pre {pre!r} is not supported (gpt2 with "
-            f"{' or '.join(PRE_TOKENIZERS)} is); use a folder with tokenizer.json instead"
+            f"{' or '.join(PRE_TOKENIZERS)} is); put the model's tokenizer.json into the folder of the file"
         )
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]

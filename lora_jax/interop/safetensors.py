@@ -17,6 +17,7 @@ from lora_jax.models import keys
 from lora_jax.quantize import Rules
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPPED = 2**25  # bytes read of open files before they are opened again
 
 
 def decoder_config(folder: Path) -> configs.DecoderConfig:
@@ -55,8 +56,8 @@ def load(
     files = Files(folder)
     guard.held(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), folder / "config.json")
 
-    def read(key: keys.Key, layer: int) -> tuple[str, np.ndarray | None]:
-        name = key.hf.format(layer)
+    def read(key: keys.Key, place: stacked.Place) -> tuple[str, np.ndarray | None]:
+        name = key.hf.format(*place)
         return name, files.tensor(name) if name in files else None
 
     return config, stacked.read(config, read, dtype, folder, quantize)
@@ -98,7 +99,7 @@ class Files:
     """The tensors of a folder, by name, whichever file holds them; each is read when asked for."""
 
     def __init__(self, folder: Path):
-        self._open = functools.cache(_open)
+        self._open, self._read = functools.cache(_open), 0
         if (folder / INDEX).is_file():
             index = read_json(folder / INDEX)
             if not isinstance(index.get("weight_map"), dict):
@@ -117,10 +118,16 @@ class Files:
     def tensor(self, name: str) -> np.ndarray:
         """The named tensor."""
         path = self._files[name]
+        if self._read > MAPPED:
+            # The pages that were read of a file are in memory as long as it is mapped.
+            self._open.cache_clear()
+            self._read = 0
         try:
-            return self._open(path).get_tensor(name)
+            x = self._open(path).get_tensor(name)
         except (SafetensorError, AttributeError, TypeError) as error:  # the latter two of dtypes that NumPy lacks
             raise ValueError(f"{path}: cannot read tensor {name} ({error}); download the file again") from None
+        self._read += x.nbytes
+        return x
 
 
 def read_json(path: Path) -> dict[str, Any]:

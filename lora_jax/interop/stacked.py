@@ -1,6 +1,7 @@
-"""From one tensor per layer, as files keep them, to parameters stacked over layers, and back."""
+"""From one tensor per layer and expert, as files keep them, to parameters stacked over these, and back."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,19 +16,23 @@ from lora_jax.quant import Quantised, quantize_leaf
 from lora_jax.quantize import Choice, Rules, choose
 from lora_jax.trace import trace
 
-Read = Callable[[keys.Key, int], tuple[str, np.ndarray | None]]
+ALIGNMENT = 64  # bytes, of XLA's buffers
+Place = tuple[int, ...]
+Read = Callable[[keys.Key, Place], tuple[str, np.ndarray | None]]
 
 
 def read(
     config: DecoderConfig, tensor: Read, dtype: jnp.dtype, source: Path, quantize: Rules | None = None
 ) -> dict[str, Any]:
-    """Fills the parameters one tensor at a time, so that one stacked parameter at most is held twice.
+    """Fills the parameters one tensor at a time: in memory are the model in its dtype, and one tensor of the file.
 
-    A parameter to quantise is quantised as its layers are read, so that one layer of it at most is held as floats.
+    Where the device is not the CPU, one parameter at a time, its layers stacked, is in the host's memory as well. One
+    to quantise is quantised as its layers are read, so that one layer of it at most is held as floats.
 
     Args:
       config: the decoder's shape.
-      tensor: (key, layer) -> the tensor's name in the file, and its values or None if it is not there.
+      tensor: (key, place) -> the tensor's name in the file, and its values or None if it is not there; the place is
+        the layer and the expert, as far as the parameter is stacked.
       dtype: of the parameters.
       source: path named in error messages.
       quantize: patterns and formats as for `lora_jax.quantize.choose`.
@@ -41,19 +46,16 @@ def read(
     chosen = {} if quantize is None else choose(_sites(config, dtype), quantize)
     params: dict[str, Any] = {}
     for key in keys.table(config):
-        layers = config.layers if "{}" in key.hf else None
-        weights = _weights(key, config, tensor, source)
+        weight = functools.partial(_weight, key, config, tensor, source)
+        sizes = keys.stack(key, config), keys.shape(key, config)
         group, leaf = key.path.rsplit("/", 1)
         node = params
         for part in group.split("/"):
             node = node.setdefault(part, {})
         if key.path in chosen:
-            node[leaf] = _quantised(weights, dtype, chosen[key.path], layers)
+            node[leaf] = _quantised(weight, dtype, chosen[key.path], *sizes)
         else:
-            out = np.empty((layers or 1, *keys.shape(key, config)), dtype)
-            for layer, w in enumerate(weights):
-                out[layer] = w
-            node[leaf] = jax.device_put(out if layers else out[0])
+            node[leaf] = jax.device_put(_filled(weight, dtype, *sizes))
     return params
 
 
@@ -79,16 +81,15 @@ def tensors(config: DecoderConfig, params: dict[str, Any]) -> Iterator[Tensor]:
       ValueError: a parameter is missing, quantised, or has the wrong shape.
     """
     for name, parts in keys.tensors(config).items():
-        layers = config.layers if "{}" in name else None
-        leaves = [_leaf(params, key, config, layers) for key in parts]
-        nbytes = sum(leaf.nbytes for leaf in leaves) // (layers or 1)
-        for layer in range(layers or 1):
-            values = functools.partial(_tensor, parts, leaves, layer if layers else None, config)
-            yield Tensor(name.format(layer), nbytes, values)
+        leaves = [_leaf(params, key, config) for key in parts]
+        places = keys.places(parts[0], config)
+        nbytes = sum(leaf.nbytes for leaf in leaves) // len(places)
+        for place in places:
+            yield Tensor(name.format(*place), nbytes, functools.partial(_tensor, parts, leaves, place, config))
 
 
-def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig, layers: int | None) -> jax.Array:
-    expected = (*([layers] if layers else []), *keys.shape(key, config))
+def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig) -> jax.Array:
+    expected = (*keys.stack(key, config), *keys.shape(key, config))
     node: Any = params
     for part in key.path.split("/"):
         if not isinstance(node, dict) or part not in node:
@@ -101,36 +102,57 @@ def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig, layers: 
     return node
 
 
-def _tensor(parts, leaves, layer, config) -> np.ndarray:
-    values = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
+def _tensor(parts, leaves, place, config) -> np.ndarray:
+    values = [np.asarray(leaf[place]) for leaf in leaves]
     rows = [keys.to_file(x, key, config) for x, key in zip(values, parts, strict=True)]
     return np.ascontiguousarray(np.concatenate(rows))
 
 
-def _weights(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path) -> Iterator[np.ndarray]:
-    """The parameter of each layer, in the axes used here."""
+def _weight(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path, place: Place) -> np.ndarray:
+    """One tensor of a parameter, in the axes used here."""
     expected = keys.file_shape(key, config)
-    for layer in range(config.layers if "{}" in key.hf else 1):
-        name, x = tensor(key, layer)
-        if x is None:
-            raise ValueError(
-                f"{source}: tensor {name} {list(expected)} is missing; the file and its config do not "
-                "belong together, or it was not copied whole"
-            )
-        if x.shape != expected:
-            raise ValueError(
-                f"{source}: tensor {name} has shape {list(x.shape)} where the config asks for "
-                f"{list(expected)}; use the config.json this file came with"
-            )
-        yield keys.from_file(x, key, config)
+    name, x = tensor(key, place)
+    if x is None:
+        raise ValueError(
+            f"{source}: tensor {name} {list(expected)} is missing; the file and its config do not "
+            "belong together, or it was not copied whole"
+        )
+    if x.shape != expected:
+        raise ValueError(
+            f"{source}: tensor {name} has shape {list(x.shape)} where the config asks for "
+            f"{list(expected)}; use the config.json this file came with"
+        )
+    return keys.from_file(x, key, config)
 
 
-def _quantised(weights: Iterator[np.ndarray], dtype: jnp.dtype, how: Choice, layers: int | None) -> Quantised:
-    if not layers:
-        return quantize_leaf(next(weights).astype(dtype), *how)
-    # Waiting for each layer keeps the next from being read while this one is still held as floats.
-    parts = [jax.block_until_ready(quantize_leaf(w.astype(dtype)[None], *how)) for w in weights]
-    return jax.tree.map(lambda *layer: jnp.concatenate(layer), *parts)
+def _filled(weight: Callable[[Place], np.ndarray], dtype: jnp.dtype, stack: Place, shape: Place) -> np.ndarray:
+    """The tensors of all places, in one array."""
+    out = _aligned((*stack, *shape), np.dtype(dtype))
+    for place in np.ndindex(*stack):
+        out[place] = weight(place)
+    return out
+
+
+def _aligned(shape: Place, dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes as it is, where it would copy another."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _quantised(
+    weight: Callable[[Place], np.ndarray], dtype: jnp.dtype, how: Choice, stack: Place, shape: Place
+) -> Quantised:
+    if not stack:
+        return quantize_leaf(_filled(weight, dtype, stack, shape), *how)
+
+    def one(layer: int) -> Quantised:
+        floats = _filled(lambda place: weight((layer, *place[1:])), dtype, (1, *stack[1:]), shape)
+        # Waiting for each layer keeps the next from being read while this one is still held as floats.
+        return jax.block_until_ready(quantize_leaf(floats, *how))
+
+    return jax.tree.map(lambda *layer: jnp.concatenate(layer), *map(one, range(stack[0])))
 
 
 def _sites(config: DecoderConfig, dtype: jnp.dtype):

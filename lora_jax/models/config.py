@@ -36,6 +36,8 @@ class DecoderConfig:
         residual stream, and the logits.
       attn_scale: multiplies the scores; None for 1/√h.
       attn_cap, logit_cap: c·tanh(x/c) of scores and logits; None for no cap.
+      experts, active_experts: MLPs of a layer, and how many of them a token goes through; 0 for one MLP.
+      normalised_experts: the weights of a token's experts add up to 1.
     """
 
     family: str
@@ -74,6 +76,9 @@ class DecoderConfig:
     attn_scale: float | None = None
     attn_cap: float | None = None
     logit_cap: float | None = None
+    experts: int = 0
+    active_experts: int = 0
+    normalised_experts: bool = True
 
     @property
     def untied(self) -> bool:
@@ -106,7 +111,7 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
             family=family,
             vocab=config["vocab_size"],
             dim=dim,
-            hidden=config["intermediate_size"],
+            hidden=config.get("moe_intermediate_size") or config["intermediate_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
@@ -118,7 +123,7 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
             **_rope(config, source),
             **_window(config, source),
             **_scales(config, unsaid.scaled_embedding),
-            **(_biases(config) | unsaid.properties),
+            **(_biases(config) | _experts(config, source) | unsaid.properties),
         )
     except KeyError as missing:
         raise ValueError(f"{source}: the field {missing} is missing; is this a model's config.json?") from None
@@ -133,6 +138,8 @@ def checked(config: DecoderConfig, source: str) -> DecoderConfig:
     """
     if config.heads % config.kv_heads:
         raise ValueError(f"{source}: {config.heads} query heads cannot share {config.kv_heads} key/value heads")
+    if config.active_experts > config.experts:
+        raise ValueError(f"{source}: a token cannot go through {config.active_experts} of {config.experts} experts")
     for name in ("sliding", "unrotated"):
         if len(getattr(config, name)) not in (0, config.layers):
             raise ValueError(f"{source}: {len(getattr(config, name))} layers are said to be {name} of {config.layers}")
@@ -149,6 +156,21 @@ def _activation(config: Mapping[str, Any], known: Mapping[str, str], source: str
 def _biases(config: Mapping[str, Any]) -> dict[str, Any]:
     attention = bool(config.get("attention_bias"))
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(config.get("mlp_bias"))}
+
+
+def _experts(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    count = config.get("num_local_experts") or config.get("num_experts")
+    if not count:
+        return {}
+    every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    dense = [i for i in range(config["num_hidden_layers"]) if i in dense or (i + 1) % every]
+    if dense:
+        raise ValueError(f"{source}: layers {dense} are without experts, which is not supported where others have them")
+    return {
+        "experts": count,
+        "active_experts": config["num_experts_per_tok"],
+        "normalised_experts": bool(config.get("norm_topk_prob", True)),
+    }
 
 
 def _scales(config: Mapping[str, Any], scaled_embedding: bool) -> dict[str, Any]:

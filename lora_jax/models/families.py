@@ -62,4 +62,18 @@ UNSAID = {
         {},
     ),
     "granite": Unsaid({}, {}),
+    "mixtral": Unsaid(
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        {},
+    ),
+    "qwen3_moe": Unsaid(
+        {
+            "use_sliding_window": False,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        {"qk_norm": "head"},
+    ),
 }

@@ -1,8 +1,10 @@
 """Where each parameter of a model family lives in other libraries' files: one table per family.
 
-An axis string names a tensor's axes by the letters of `sizes`; letters joined by a dot are one axis there.
+An axis string names a tensor's axes by the letters of `sizes`; letters joined by a dot are one axis there. Holes in the
+name of a tensor, `{}`, stand for the layer, and for the expert.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -17,11 +19,10 @@ class Key(NamedTuple):
     Attributes:
       path: its path here, within a layer or the model.
       hf: its tensor's name in Hugging Face files.
-      axes: its axes here.
+      axes: its axes here, after those of `stack`.
       file_axes: the tensor's axes. One that holds several parameters after another has them all, split by bars.
       when: the field of the config without which there is no such parameter; "" for always.
       part: which of the tensor's parameters it is.
-      gguf: its tensor's name in llama.cpp's files; "" where these are not read.
       rotary: its rows belong to rotary pairs.
     """
 
@@ -31,35 +32,45 @@ class Key(NamedTuple):
     file_axes: str
     when: str = ""
     part: int = 0
-    gguf: str = ""
     rotary: bool = False
 
 
 class Family(NamedTuple):
-    """The tables of a family; its GGUF files pair neighbouring rows of rotary heads if `gguf_interleaved`."""
+    """The tables of a family: of a layer, and of what is outside the layers."""
 
     layer: tuple[Key, ...]
     other: tuple[Key, ...]
-    gguf_interleaved: bool = False
 
 
-BIASES = (
-    Key("q_proj/bias", "self_attn.q_proj", "H h", "H.h", when="qkv_bias"),
-    Key("k_proj/bias", "self_attn.k_proj", "K h", "K.h", when="qkv_bias"),
+ATTENTION = (
+    Key("q_proj/kernel", "self_attn.q_proj", "D H h", "H.h D", rotary=True),
+    Key("k_proj/kernel", "self_attn.k_proj", "D K h", "K.h D", rotary=True),
+    Key("v_proj/kernel", "self_attn.v_proj", "D K h", "K.h D"),
+    Key("o_proj/kernel", "self_attn.o_proj", "H h D", "D H.h"),
+    Key("q_proj/bias", "self_attn.q_proj", "H h", "H.h", when="qkv_bias", rotary=True),
+    Key("k_proj/bias", "self_attn.k_proj", "K h", "K.h", when="qkv_bias", rotary=True),
     Key("v_proj/bias", "self_attn.v_proj", "K h", "K.h", when="qkv_bias"),
     Key("o_proj/bias", "self_attn.o_proj", "D", "D", when="o_bias"),
+)
+MLP = (
+    Key("gate_proj/kernel", "mlp.gate_proj", "D F", "F D"),
+    Key("up_proj/kernel", "mlp.up_proj", "D F", "F D"),
+    Key("down_proj/kernel", "mlp.down_proj", "F D", "D F"),
     Key("gate_proj/bias", "mlp.gate_proj", "F", "F", when="mlp_bias"),
     Key("up_proj/bias", "mlp.up_proj", "F", "F", when="mlp_bias"),
     Key("down_proj/bias", "mlp.down_proj", "D", "D", when="mlp_bias"),
 )
-PROJECTIONS = (
-    Key("q_proj/kernel", "self_attn.q_proj", "D H h", "H.h D", gguf="attn_q", rotary=True),
-    Key("k_proj/kernel", "self_attn.k_proj", "D K h", "K.h D", gguf="attn_k", rotary=True),
-    Key("v_proj/kernel", "self_attn.v_proj", "D K h", "K.h D", gguf="attn_v"),
-    Key("o_proj/kernel", "self_attn.o_proj", "H h D", "D H.h", gguf="attn_output"),
-    Key("gate_proj/kernel", "mlp.gate_proj", "D F", "F D", gguf="ffn_gate"),
-    Key("up_proj/kernel", "mlp.up_proj", "D F", "F D", gguf="ffn_up"),
-    Key("down_proj/kernel", "mlp.down_proj", "F D", "D F", gguf="ffn_down"),
+MIXTRAL_EXPERTS = (
+    Key("router/kernel", "block_sparse_moe.gate", "D E", "E D"),
+    Key("gate_proj/kernel", "block_sparse_moe.experts.{}.w1", "D F", "F D"),
+    Key("up_proj/kernel", "block_sparse_moe.experts.{}.w3", "D F", "F D"),
+    Key("down_proj/kernel", "block_sparse_moe.experts.{}.w2", "F D", "D F"),
+)
+EXPERTS = (
+    Key("router/kernel", "mlp.gate", "D E", "E D"),
+    Key("gate_proj/kernel", "mlp.experts.{}.gate_proj", "D F", "F D"),
+    Key("up_proj/kernel", "mlp.experts.{}.up_proj", "D F", "F D"),
+    Key("down_proj/kernel", "mlp.experts.{}.down_proj", "F D", "D F"),
 )
 FUSED_PROJECTIONS = (
     *(
@@ -72,8 +83,8 @@ FUSED_PROJECTIONS = (
     Key("down_proj/kernel", "mlp.down_proj", "F D", "D F"),
 )
 NORMS_BEFORE = (
-    Key("attn_norm/scale", "input_layernorm", "D", "D", gguf="attn_norm"),
-    Key("mlp_norm/scale", "post_attention_layernorm", "D", "D", gguf="ffn_norm"),
+    Key("attn_norm/scale", "input_layernorm", "D", "D"),
+    Key("mlp_norm/scale", "post_attention_layernorm", "D", "D"),
 )
 NORMS_AROUND = (
     Key("attn_norm/scale", "input_layernorm", "D", "D"),
@@ -90,12 +101,12 @@ HEAD_NORMS = (
     Key("k_norm/scale", "self_attn.k_norm", "k", "k", when="qk_norm"),
 )
 OUTSIDE = (
-    Key("embed/embedding", "model.embed_tokens", "V D", "V D", gguf="token_embd"),
-    Key("final_norm/scale", "model.norm", "D", "D", gguf="output_norm"),
-    Key("head/kernel", "lm_head", "D V", "V D", when="untied", gguf="output"),
+    Key("embed/embedding", "model.embed_tokens", "V D", "V D"),
+    Key("final_norm/scale", "model.norm", "D", "D"),
+    Key("head/kernel", "lm_head", "D V", "V D", when="untied"),
 )
-_LLAMA = Family((*NORMS_BEFORE, *PROJECTIONS, *BIASES, *HEAD_NORMS), OUTSIDE, gguf_interleaved=True)
-_GEMMA = Family((*NORMS_AROUND, *PROJECTIONS, *BIASES, *HEAD_NORMS), OUTSIDE)
+_LLAMA = Family((*NORMS_BEFORE, *ATTENTION, *MLP, *HEAD_NORMS), OUTSIDE)
+_GEMMA = Family((*NORMS_AROUND, *ATTENTION, *MLP, *HEAD_NORMS), OUTSIDE)
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -105,22 +116,24 @@ FAMILIES = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "phi3": Family((*NORMS_BEFORE, *FUSED_PROJECTIONS), OUTSIDE),
-    "olmo2": Family((*NORMS_AFTER, *PROJECTIONS, *BIASES, *HEAD_NORMS), OUTSIDE),
+    "olmo2": Family((*NORMS_AFTER, *ATTENTION, *MLP, *HEAD_NORMS), OUTSIDE),
     "smollm3": _LLAMA,
     "granite": _LLAMA,
+    "mixtral": Family((*NORMS_BEFORE, *ATTENTION, *MIXTRAL_EXPERTS), OUTSIDE),
+    "qwen3_moe": Family((*NORMS_BEFORE, *ATTENTION, *EXPERTS, *HEAD_NORMS), OUTSIDE),
 }
 
 
 def table(config: DecoderConfig) -> list[Key]:
-    """The keys of a model with this config, names complete; `{}` in a name stands for the layer."""
+    """The keys of a model with this config, paths and names complete."""
 
-    def complete(key: Key, path: str, hf: str, gguf: str) -> Key:
+    def complete(key: Key, path: str, hf: str) -> Key:
         end = "bias" if key.path.endswith("/bias") else "weight"
-        return key._replace(path=path + key.path, hf=f"{hf}{key.hf}.{end}", gguf=f"{gguf}{key.gguf}.{end}")
+        return key._replace(path=path + key.path, hf=f"{hf}{key.hf}.{end}")
 
     family = FAMILIES[config.family]
-    keys = [complete(key, "layers/", "model.layers.{}.", "blk.{}.") for key in family.layer]
-    keys += [complete(key, "", "", "") for key in family.other]
+    keys = [complete(key, "layers/", "model.layers.{}.") for key in family.layer]
+    keys += [complete(key, "", "") for key in family.other]
     return [key for key in keys if not key.when or getattr(config, key.when)]
 
 
@@ -132,20 +145,30 @@ def tensors(config: DecoderConfig) -> dict[str, list[Key]]:
     return found
 
 
+def stack(key: Key, config: DecoderConfig) -> tuple[int, ...]:
+    """How many tensors are stacked here to one parameter, on leading axes: (), (layers,) or (layers, experts)."""
+    return (config.layers, config.experts)[: key.hf.count("{}")]
+
+
+def places(key: Key, config: DecoderConfig) -> list[tuple[int, ...]]:
+    """The index of each tensor in the stacked parameter; it also fills the holes of the name."""
+    return list(itertools.product(*map(range, stack(key, config))))
+
+
 def shape(key: Key, config: DecoderConfig) -> tuple[int, ...]:
-    """The shape of one layer's parameter here."""
+    """The shape of one tensor's part of the parameter here."""
     size = sizes(config)
     return tuple(size[a] for a in key.axes.split())
 
 
 def file_shape(key: Key, config: DecoderConfig) -> tuple[int, ...]:
-    """The shape of one layer's tensor in a file."""
+    """The shape of a tensor in a file."""
     size = sizes(config)
     return tuple(sum(_widths(axis, size)) for axis in key.file_axes.split())
 
 
 def from_file(x: np.ndarray, key: Key, config: DecoderConfig) -> np.ndarray:
-    """One layer's parameter, in the axes used here, out of its tensor in a file (a view)."""
+    """One tensor's part of a parameter, in the axes used here (a view)."""
     size, axes = sizes(config), _own_axes(key)
     widths = _widths(key.file_axes.split()[0], size)
     x = x[sum(widths[: key.part]) :][: widths[key.part]]
@@ -175,5 +198,5 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
     """The size each letter of an axis string stands for; q and k are what the norms of queries and keys span."""
     c = config
     q, k = (c.heads, c.kv_heads) if c.qk_norm == "all" else (1, 1)
-    size = {"V": c.vocab, "D": c.dim, "F": c.hidden, "H": c.heads, "K": c.kv_heads, "h": c.head_dim}
+    size = {"V": c.vocab, "D": c.dim, "F": c.hidden, "E": c.experts, "H": c.heads, "K": c.kv_heads, "h": c.head_dim}
     return size | {"q": q * c.head_dim, "k": k * c.head_dim}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import rope
+from lora_jax.models import moe, rope
 from lora_jax.models.config import DecoderConfig
 
 
@@ -72,7 +72,7 @@ class Embedding(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and a gated MLP, each with its norms and a residual around it."""
+    """Attention and a gated MLP, or several for the tokens to choose from, each with its norms and a residual."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c = self.config = config
@@ -88,9 +88,14 @@ class Layer(nnx.Module):
         self.k_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
         self.v_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
         self.o_proj = _projection((H, h, D), rngs, contract=2, bias=c.o_bias)
-        self.gate_proj = _projection((D, F), rngs, bias=c.mlp_bias)
-        self.up_proj = _projection((D, F), rngs, bias=c.mlp_bias)
-        self.down_proj = _projection((F, D), rngs, bias=c.mlp_bias)
+        into, out = (D, F), (F, D)
+        if c.experts:
+            self.router = Projection((D, c.experts), rngs)
+            self.gate_proj, self.up_proj, self.down_proj = (moe.Experts(c.experts, s, rngs) for s in (into, into, out))
+        else:
+            self.gate_proj, self.up_proj, self.down_proj = (
+                _projection(shape, rngs, bias=c.mlp_bias) for shape in (into, into, out)
+            )
 
     def __call__(self, x_BTD: jax.Array, angles: rope.Angles, attend: Callable):
         """The layer's output, and whatever `attend(q, k, v)` returns beside its own."""
@@ -107,9 +112,17 @@ class Layer(nnx.Module):
         new_ND = self.o_proj(checkpoint_name(mixed_BTHh.reshape(B * T, -1), "kept"))
         x_ND = self._added(x_ND, self.attn_post_norm(new_ND) if c.post_norm else new_ND)
         n_ND = self.mlp_norm(x_ND) if c.pre_norm else x_ND
-        new_ND = self.down_proj(gated(self.gate_proj(n_ND), self.up_proj(n_ND), c.activation))
+        if c.experts:
+            new_ND = moe.routed(self._mlp, n_ND, self.router(n_ND), c.active_experts, c.normalised_experts)
+        else:
+            new_ND = self._mlp(n_ND)
         x_ND = self._added(x_ND, self.mlp_post_norm(new_ND) if c.post_norm else new_ND)
         return x_ND.reshape(B, T, D), extra
+
+    def _mlp(self, x_ND: jax.Array, *sizes_E: jax.Array) -> jax.Array:
+        """Of rows that stand expert by expert, if their sizes are given."""
+        h_NF = gated(self.gate_proj(x_ND, *sizes_E), self.up_proj(x_ND, *sizes_E), self.config.activation)
+        return self.down_proj(h_NF, *sizes_E)
 
     def _added(self, x_ND: jax.Array, new_ND: jax.Array) -> jax.Array:
         return x_ND + (new_ND if self.config.residual_scale == 1 else self.config.residual_scale * new_ND)

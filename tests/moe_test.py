@@ -1,0 +1,173 @@
+"""Experts compute what each token asks of them, cost what is active, and have factors of their own."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax.cost import flops
+from lora_jax.models import config as configs
+from lora_jax.models import decoder, moe
+from lora_jax.models.config import DecoderConfig
+from lora_jax.quantize import dequantize, quantize
+
+pytestmark = pytest.mark.usefixtures("quick_module")
+N, D, F, E, ACTIVE = 11, 8, 12, 5, 2
+CONFIG = DecoderConfig("qwen3_moe", 61, D, F, 2, 4, 2, 8, 32, qk_norm="head", experts=E, active_experts=ACTIVE)
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
+EXPERTS = [f"layers/{name}_proj/kernel" for name in ("gate", "up", "down")]
+
+
+def softmax(z):
+    z = np.exp(z - z.max(-1, keepdims=True))
+    return z / z.sum(-1, keepdims=True)
+
+
+def token_by_token(x, scores, w, active, normalised):
+    """In float64, an expert at a time."""
+    out = np.zeros_like(x)
+    for n, p in enumerate(softmax(scores)):
+        best = np.argsort(-p)[:active]
+        total = p[best].sum() if normalised else 1.0
+        for e in best:
+            out[n] += p[e] / total * np.tanh(x[n] @ w["up"][e]) @ w["down"][e]
+    return out
+
+
+def random(seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(N, D)),
+        rng.normal(size=(N, E)),
+        {
+            "up": rng.normal(size=(E, D, F)),
+            "down": rng.normal(size=(E, F, D)),
+        },
+    )
+
+
+def mlp(w):
+    def f(x_MD, sizes_E):
+        h_MF = jnp.tanh(jax.lax.ragged_dot(x_MD, w["up"], sizes_E))
+        return jax.lax.ragged_dot(h_MF, w["down"], sizes_E)
+
+    return f
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("idle", [None, 2], ids=["all experts", "one without a token"])
+@pytest.mark.parametrize("active", [1, 3])
+def test_routed_equals_token_by_token(active, idle, normalised):
+    x, scores, w = random()
+    if idle is not None:
+        scores[:, idle] = -50.0
+    f32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
+    got = moe.routed(mlp(f32(w)), f32(x), f32(scores), active, normalised)
+    np.testing.assert_allclose(got, token_by_token(x, scores, w, active, normalised), rtol=1e-4, atol=1e-4)
+    for other in ((active + 1, normalised), (active, not normalised)):
+        assert np.abs(got - token_by_token(x, scores, w, *other)).max() > 1e-2
+
+
+def test_scores_are_learnt_from():
+    x, scores, w = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random())
+    gradient = jax.grad(lambda scores: moe.routed(mlp(w), x, scores, 2, True)[0, 0])(scores)
+    assert np.count_nonzero(gradient) == 2  # of the two experts of the first token
+    alone = jax.grad(lambda scores: moe.routed(mlp(w), x, scores, 1, True)[0, 0])(scores)
+    np.testing.assert_allclose(alone, 0, atol=1e-6)  # a single weight is 1 whatever the scores
+
+
+def test_cost_is_that_of_the_active_experts():
+    def cost(**changes):
+        config = dataclasses.replace(CONFIG, hidden=256, **changes)
+        params = jax.eval_shape(functools.partial(decoder.init, config=config), jax.random.key(0))
+        return flops(functools.partial(decoder.hidden, config=config), params, TOKENS)
+
+    per_expert = 2 * 2 * TOKENS.size * (3 * D * 256 + D)  # three products, and one term of a token's sum
+    assert cost(active_experts=3) - cost(active_experts=2) == per_expert
+    assert cost(experts=E + 3) - cost() == 2 * 2 * TOKENS.size * D * 3  # of the router alone
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """Parameters, the function, and adapters of everything, all factors random."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(decoder.init, config=CONFIG), jax.random.key(0))
+    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), shapes)
+    f = functools.partial(decoder.forward, config=CONFIG)
+    spec = lora.Spec(rank=4, active_experts=ACTIVE)
+    adapters = lora.init(jax.random.key(1), params, lora.trace(f, params, TOKENS), spec)
+    return params, f, jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), adapters)
+
+
+def test_every_expert_has_factors_of_its_own(adapted):
+    params, f, adapters = adapted
+    assert {f"layers/{name}_proj/kernel" for name in "qkvo"} | {"layers/router/kernel", *EXPERTS} == set(adapters)
+    rank = 4 // ACTIVE  # divided among the experts of a token
+    for path in EXPERTS:
+        into, out = (F, D) if "down" in path else (D, F)
+        assert adapters[path].a.shape == (2, E, into, rank) and adapters[path].b.shape == (2, E, out, rank)
+    assert adapters["layers/router/kernel"].a.shape == (2, D, 4)
+    lifted = jax.jit(lambda a: lora.lift(f)(lora.attach(params, a), TOKENS))(adapters)
+    np.testing.assert_allclose(lifted, jax.jit(f)(lora.merge(params, adapters), TOKENS), atol=2e-4)
+    shuffled = adapters | {path: jax.tree.map(lambda w: w[:, ::-1], adapters[path]) for path in EXPERTS}
+    assert np.abs(lifted - jax.jit(f)(lora.merge(params, shuffled), TOKENS)).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_gradients_and_remat(adapted):
+    params, _, adapters = adapted
+
+    def gradient(lift, remat):
+        f = functools.partial(decoder.hidden, config=CONFIG, remat=remat)
+
+        def loss(adapters):
+            y = lora.lift(f)(lora.attach(params, adapters), TOKENS) if lift else f(lora.merge(params, adapters), TOKENS)
+            return jnp.mean(jnp.cos(jnp.arange(y.size)).reshape(y.shape) * y)
+
+        return jax.jit(jax.grad(loss))(adapters)
+
+    dense = gradient(lift=False, remat="none")
+    for remat in ("dots", "full"):
+        for got, want in zip(jax.tree.leaves(gradient(True, remat)), jax.tree.leaves(dense), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+            assert np.abs(want).max() > 1e-5
+
+
+@pytest.mark.slow
+def test_quantised_experts(adapted):
+    params, f, adapters = adapted
+    small = quantize(params, lora.trace(f, params, TOKENS), {"all-linear": "int8"})
+    f = jax.jit(f)
+    lifted = lora.lift(f)(lora.attach(small, adapters), TOKENS)
+    want = f(lora.merge(dequantize(small), adapters), TOKENS)
+    np.testing.assert_allclose(lifted, want, atol=2e-4)
+    assert np.abs(want - f(lora.merge(params, adapters), TOKENS)).max() > 1e-3
+
+
+FILE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_sparse_step": 2}, r"layers \[0, 2\] are without experts, which is not supported where others have"),
+        ({"mlp_only_layers": [3]}, r"layers \[3\] are without experts"),
+        ({"num_experts_per_tok": 9, "num_experts": 8}, "a token cannot go through 9 of 8 experts"),
+    ],
+)
+def test_refused(changes, message):
+    assert configs.from_hf(FILE).experts == 128
+    with pytest.raises(ValueError, match=message):
+        configs.from_hf(FILE | changes)
