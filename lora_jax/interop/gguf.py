@@ -73,7 +73,8 @@ def decoder_config(file: File) -> DecoderConfig:
     """
     names = {name: f"rope_{name}.weight" for name in ("freqs", "factors_short", "factors_long")}
     factors = {name: file.tensor(tensor).tolist() for name, tensor in names.items() if tensor in file}
-    return gguf_config.read(file.metadata, file, factors, str(file.path))
+    with guard.told(file.path):
+        return gguf_config.read(file.metadata, file, factors, str(file.path))
 
 
 def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[DecoderConfig, dict[str, Any]]:
