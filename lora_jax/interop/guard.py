@@ -37,7 +37,7 @@ def numbers(settings: Mapping[str, Any], path: Path) -> None:
 
 def held(config: DecoderConfig, nbytes: int, path: Path) -> None:
     """Raises ValueError if a model is larger than its files can hold, before memory is taken for it."""
-    sizes = [(*_stack(key, config), *keys.shape(key, config)) for key in keys.table(config)]
+    sizes = [(*keys.stack(key, config), *keys.shape(key, config)) for key in keys.table(config)]
     if any(type(n) is not int or n < 1 for size in sizes for n in size):
         raise ValueError(f"{path}: a size of the model is no number, or less than 1; download the file again")
     if (count := sum(map(math.prod, sizes))) > 8 * nbytes:  # no format takes less than a bit
@@ -53,7 +53,3 @@ def inside(folder: Path, name: Any, path: Path) -> Path:
     if not isinstance(name, str) or not name or Path(name).name != name:
         raise ValueError(f"{path}: {name!r} is not the name of a file in its folder")
     return folder / name
-
-
-def _stack(key: keys.Key, config: DecoderConfig) -> tuple[int, ...]:
-    return (config.layers, getattr(config, "experts", 0))[: key.hf.count("{}")]

@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop import peft_layout as layout
 from lora_jax.interop import safetensors
 from lora_jax.models import keys
 from lora_jax.models.config import DecoderConfig
@@ -75,7 +74,7 @@ def load(folder: str | Path, dtype: Any = None) -> tuple[DecoderConfig, dict[str
     config, files = safetensors.decoder_config(folder), safetensors.Files(folder)
     params: dict[str, Any] = {}
     for key in keys.table(config):
-        stack = layout.stack(key, config)
+        stack = keys.stack(key, config)
         part = functools.partial(_tensor, key, config, files, folder)
         own = dtype or part((0,) * len(stack)).dtype
         put(params, key.path, Parts((*stack, *keys.shape(key, config)), own, len(stack), part))

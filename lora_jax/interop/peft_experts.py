@@ -102,7 +102,7 @@ def _parameter(
         for layer, full in layers.items()
     }
     one = Fused(table, *found.pop(), modules)
-    (_, E), (d_in, d_out) = layout.stack(table[0], reader.config), _widths(reader, table[0])
+    (_, E), (d_in, d_out) = keys.stack(table[0], reader.config), _widths(reader, table[0])
     for module in modules.values():
         reader.expected[f"{PREFIX}{module}.lora_A.weight"] = [E * one.rank, d_in]
         reader.expected[f"{PREFIX}{module}.lora_B.weight"] = [d_out * len(table), one.rank * E]
@@ -110,7 +110,7 @@ def _parameter(
 
 
 def _read(reader: Reader, one: Fused) -> dict[str, LoRA]:
-    L, E = layout.stack(one.table[0], reader.config)
+    L, E = keys.stack(one.table[0], reader.config)
     d_in, d_out = _widths(reader, one.table[0])
     a = np.zeros((L, E, one.rank, d_in), np.float32)
     b = np.zeros((L, E, d_out * len(one.table), one.rank), np.float32)

@@ -64,18 +64,13 @@ def modules(config: DecoderConfig) -> dict[str, Module]:
         key.hf.format(*place).removesuffix(".weight"): Module(key, i)
         for key in keys.table(config)
         if "|" not in key.file_axes
-        for i, place in enumerate(np.ndindex(*stack(key, config)))
+        for i, place in enumerate(keys.places(key, config))
     }
-
-
-def stack(key: keys.Key, config: DecoderConfig) -> tuple[int, ...]:
-    """The leading axes of a parameter that are tensors of their own in files: (), (layers,) or (layers, experts)."""
-    return (config.layers, getattr(config, "experts", 0))[: key.hf.count("{}")]
 
 
 def count(key: keys.Key, config: DecoderConfig) -> int:
     """How many modules a parameter is in files."""
-    return math.prod(stack(key, config))
+    return math.prod(keys.stack(key, config))
 
 
 def embedding(key: keys.Key) -> bool:
@@ -134,7 +129,7 @@ def from_file(x: np.ndarray, part: Part, key: keys.Key, config: DecoderConfig) -
     """The inverse of `to_file`, its axes those of `axes(key)`."""
     x = x.swapaxes(-1, -2) if part.axes == "Rn" else x
     rank = [x.shape[-1]] if "R" in part.axes else []
-    return jnp.asarray(x.reshape(*stack(key, config), *sizes(key, config, part.side), *rank))
+    return jnp.asarray(x.reshape(*keys.stack(key, config), *sizes(key, config, part.side), *rank))
 
 
 def rows(leaf: Any, which: Sequence[int]) -> np.ndarray:

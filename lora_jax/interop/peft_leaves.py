@@ -121,4 +121,4 @@ def _tensor(reader: Reader, name: str) -> str:
 
 
 def _shape(reader: Reader, key: keys.Key) -> tuple[int, ...]:
-    return (*layout.stack(key, reader.config), *keys.shape(key, reader.config))
+    return (*keys.stack(key, reader.config), *keys.shape(key, reader.config))

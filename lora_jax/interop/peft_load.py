@@ -167,7 +167,7 @@ def _lora(reader: Reader, targets: list[str]) -> Callable[[], dict[str, Any]]:
             arrays = reader.stacked(key, names, _parts(reader, key, dora), max(ranks[name] for name in names))
             if any(scales[name] != first for name in names):
                 top = max((scales[name] for name in names), key=abs)
-                stack = layout.stack(key, reader.config)
+                stack = keys.stack(key, reader.config)
                 ratio = np.array([scales.get(name, top) / top for name in reader.names(key)], np.float32)
                 arrays["b"], first = arrays["b"] * ratio.reshape(stack + (1,) * (arrays["b"].ndim - len(stack))), top
             lora = LoRA(arrays["a"], arrays["b"], first, layout.axes(key), sizes[names[0]][2])
@@ -245,7 +245,7 @@ def _check_copies(reader: Reader, copies: dict[str, Module], force: bool) -> Non
         if force or is_stored(here):
             continue
         saved = keys.from_file(reader.file.tensor(name), key, reader.config).astype(here.dtype)
-        place = np.unravel_index(module.place, layout.stack(key, reader.config))
+        place = np.unravel_index(module.place, keys.stack(key, reader.config))
         if not np.array_equal(np.asarray(here[tuple(map(int, place))]), saved):
             raise ValueError(
                 f"{reader.file.path}: {name} is not this base's weight; load the base that it was trained over, or "
