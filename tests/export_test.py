@@ -77,7 +77,7 @@ def test_over_a_quantised_base_what_was_trained_is_merged(model, tmp_path, capsy
     exact = lora.merge(base, trained, full_precision=True)
     np.testing.assert_allclose(logits(hf.load(tmp_path / "out").params, config), logits(exact, config), atol=1e-4)
     other = lora.merge(hf.load(model).params, trained)
-    assert np.abs(logits(other, config) - logits(exact, config)).max() > 1e-2
+    assert np.abs(logits(other, config) - logits(exact, config)).max() > 2e-3
 
 
 def test_a_model_from_a_gguf_file_becomes_a_folder(model, tmp_path, capsys):
