@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import checkpoint
 from lora_jax.fingerprint import fingerprint
-from lora_jax.interop import card, hf, merged, parts, peft, peft_config, peft_file
+from lora_jax.interop import card, hf, hub, merged, parts, peft, peft_config, peft_file
 from lora_jax.models.config import DecoderConfig
 from lora_jax.soft import Prefix, Prompt
 from train import loop, methods
@@ -72,7 +72,8 @@ def read(folder: str | Path, base: str = "", force: bool = False, one_sided: boo
 
 def _run(folder: Path, named: str) -> Source:
     run = loop.resolved(folder)
-    run |= {"model": named or run["model"]}
+    name = named or run["model"]
+    run |= {"model": _local(name)}
     config, key, notes = ConfigDict(run), jax.random.key(run["seed"]), []
     versions = json.loads((folder / loop.VERSIONS).read_text())
     dtype = jnp.dtype(run["dtype"] or ("float32" if versions["backend"] == "cpu" else "bfloat16"))
@@ -93,23 +94,24 @@ def _run(folder: Path, named: str) -> Source:
     if run["quantize"] or run["method"] == "loftq":
         notes.append(f"trained over a base quantised to {run['quantize'] or 'nf4'}")
     whole = run["method"] == "full"
-    about = _card(folder, run, None if whole or run["method"] in methods.SOFT else methods.spec(config))
+    about = _card(folder, run, name, None if whole or run["method"] in methods.SOFT else methods.spec(config))
     params = found if whole else base
     return Source(None if whole else found, params, model.config, run["model"], _file_dtype(run["model"]), about, notes)
 
 
-def _card(folder: Path, run: dict[str, Any], spec: Any) -> peft.Card:
+def _card(folder: Path, run: dict[str, Any], name: str, spec: Any) -> peft.Card:
     metrics = loop.read(folder / loop.METRICS)
     losses = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
     named = {"held-out loss before": losses[0], "held-out loss after": losses[-1]} if len(losses) > 1 else {}
     steps = checkpoint.newest(folder / "checkpoints")
-    return peft.Card(_name(run["model"]), spec, run["data"]["source"], steps, named)
+    return peft.Card(_name(name), spec, run["data"]["source"], steps, named)
 
 
 def _peft(folder: Path, base: str, force: bool, one_sided: bool) -> Source:
     settings = peft_config.Settings(folder / peft_config.NAME)
     model = base or settings.values.get("base_model_name_or_path") or ""
     model = "smollm2" if model == PACKAGED and not base else model
+    name, model = model, _local(model)
     if not model:
         raise ValueError(f"{settings.path}: names no base; give --base")
     saved, notes = _saved(folder), []
@@ -129,7 +131,7 @@ def _peft(folder: Path, base: str, force: bool, one_sided: bool) -> Source:
         adapters = peft.load(folder, config, params, force=True)
     else:
         adapters = peft.load(folder, config, params, force)
-    return Source(adapters, params, config, model, _file_dtype(model), peft.Card(_name(model)), notes)
+    return Source(adapters, params, config, model, _file_dtype(model), peft.Card(_name(name)), notes)
 
 
 def _one_side(settings: peft_config.Settings) -> bool:
@@ -140,6 +142,11 @@ def _one_side(settings: peft_config.Settings) -> bool:
 def _saved(folder: Path) -> str | None:
     path = folder / peft_file.WEIGHTS
     return peft_file.File(folder).metadata.get(card.BASE) if path.is_file() else None
+
+
+def _local(model: str) -> str:
+    """The folder of a model that is named as on the hub."""
+    return model if Path(model).exists() or not hub.is_name(model) else str(hub.download(model))
 
 
 def _in_safetensors(model: str) -> bool:
