@@ -39,8 +39,9 @@ class File:
             raise ValueError(
                 f"{path}: not a whole GGUF file ({type(error).__name__}: {error}); download it again"
             ) from None
-        self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        guard.numbers(self.metadata, self.path)
+        with guard.told(self.path):
+            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+            guard.numbers(self.metadata, self.path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def __contains__(self, name: str) -> bool:
