@@ -41,6 +41,7 @@ $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.train
 	$(PIP) --constraint constraints.txt --editable ".[test$(ORACLES)]"
 	$(PIP) --no-deps gemma==2.0.8  # its model needs flax alone; later ones import TensorFlow for their annotations
+	$(if $(ORACLES),$(PIP) --no-deps bitsandbytes==0.50.2 trl==1.16.0)  # for a CPU routine, and for files of templates
 	touch $@
 
 # The compilers alone, without the drivers they would run programs with.

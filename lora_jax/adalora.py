@@ -82,9 +82,8 @@ def adalora(
         matrices = sum(math.prod(adapter.e.shape[:-1]) for adapter in adapters.values())
         if rank * matrices >= values:
             raise ValueError(f"nothing to prune: rank={rank} keeps all {values / matrices:g} singular values a matrix")
-        means, spreads = (
-            jax.tree.map(jnp.zeros_like, adapters) for _ in range(2)
-        )  # apart, so that each can be donated
+        # Two trees of zeros, so that each can be donated.
+        means, spreads = (jax.tree.map(jnp.zeros_like, adapters) for _ in range(2))
         return PruningState(jnp.zeros((), jnp.int32), means, spreads, tx.init(adapters))
 
     def update(gradients: Any, state: Any, adapters: Any = None) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.adapters import Axes
 from lora_jax.grouping import Weighted
 from lora_jax.methods import LoRA
-from lora_jax.stored import is_stored
+from lora_jax.stored import array
 
 
 def check_rank(path: str, rank: int, d_in: int, d_out: int) -> None:
@@ -37,12 +37,12 @@ def matrices(adapter: LoRA) -> tuple[jax.Array, jax.Array]:
 
 def values(leaf: Any) -> np.ndarray:
     """A leaf of a checkpoint as an array, whatever it is stored as."""
-    return np.asarray(leaf.dequantised() if is_stored(leaf) else leaf)
+    return np.asarray(array(leaf))
 
 
 def weight_matrices(leaf: Any, axes: Axes) -> jax.Array:
     """A whole weight as w_SDF."""
-    weight = jnp.asarray(leaf.dequantised() if is_stored(leaf) else leaf)
+    weight = jnp.asarray(array(leaf))
     sizes = [math.prod(weight.shape[axis] for axis in group) for group in axes]
     return weight.transpose([axis for group in axes for axis in group]).reshape(sizes)
 

@@ -67,23 +67,17 @@ def second_moments(f: Callable[..., Any], params: Tree, *args: Any, sites: Sites
         outputs = jax.tree.leaves(lift(f)(attach(params, probes), *args))
         return sum((jnp.sum(y.astype(jnp.float32)) for y in outputs), jnp.zeros(()))
 
-    found = jax.jit(jax.grad(total))(probes)
-    stacks = {path: sites[path].axes.stacked for path in paths}
-    return {
-        path: found[path].moments.reshape(
-            *(sites[path].shape[i] for i in stacks[path]),
-            *[math.prod(sites[path].shape[i] for i in sites[path].axes.inp)] * 2,
-        )
-        for path in paths
-    }
+    found = {path: probe.moments for path, probe in jax.jit(jax.grad(total))(probes).items()}
+    return {path: x.reshape(*x.shape[: len(sites[path].axes.stacked)], -1, x.shape[-1]) for path, x in found.items()}
 
 
 def eva(f: Callable[..., Any], params: Tree, *args: Any, sites: Sites, spec: Spec, limit: float = 2.0) -> dict:
     """LoRA adapters whose `a` is the inputs' leading principal directions, `b` zero, and ranks redistributed.
 
     Directions of all chosen weights compete by the share of their input's variance that they explain, in such a way
-    that as many are chosen as the spec's ranks add up to. The layers of a stack have one array, so its rank is that
-    of the layer with most, and the columns that another layer does not get are zero and stay so.
+    that as many are chosen as the spec's ranks add up to, the leading one of every matrix among them. The layers of
+    a stack have one array, so its rank is that of the layer with most, and the columns that another layer does not
+    get are zero and stay so.
 
     Args:
       f: as for `trace`.
@@ -113,7 +107,8 @@ def eva(f: Callable[..., Any], params: Tree, *args: Any, sites: Sites, spec: Spe
         values, vectors = jnp.linalg.eigh(moments[path])
         explained = np.maximum(np.asarray(values, np.float64), 0)
         explained /= np.maximum(explained.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
-        shares[path] = explained[..., ::-1][..., :most]
+        shares[path] = explained[..., ::-1][..., :most].copy()
+        shares[path][..., 0] = np.inf  # without any direction a matrix could not learn
         directions[path] = vectors[..., ::-1][..., :most]
     budget = sum(shares[path][..., 0].size * rule.rank_at(sites[path]) for path, rule in chosen.items())
     ranked = np.sort(np.concatenate([share.ravel() for share in shares.values()]))[::-1]
@@ -121,7 +116,7 @@ def eva(f: Callable[..., Any], params: Tree, *args: Any, sites: Sites, spec: Spe
     adapters = {}
     for path, rule in chosen.items():
         kept = shares[path] >= least
-        rank = max(1, int(kept.sum(-1).max()))
+        rank = int(kept.sum(-1).max())
         site = sites[path]
         stacked, inp, out = (tuple(site.shape[axis] for axis in axes) for axes in site.axes)
         a = jnp.where(kept[..., None, :rank], directions[path][..., :rank], 0).reshape(*stacked, *inp, rank)

@@ -124,6 +124,12 @@ class Factored:
         """The axes that the factors `a` or `b` have between them."""
         return {axis for factor in getattr(self, name) for axis in factor.axes}
 
+    def product(self, name: str) -> Factor:
+        """The factors `a` or `b` multiplied out to one."""
+        if len(factors := getattr(self, name)) == 1:
+            return factors[0]
+        return compact(functools.reduce(jnp.multiply, [factor.expanded(self.ndim) for factor in factors]))
+
     @property
     def factors(self) -> list[Factor]:
         """Everything in it that has axes of the weight, but the base."""
@@ -236,25 +242,17 @@ def _norm(weight: Factored, over: Sequence[int]) -> jax.Array:
     w = weight.value().astype(jnp.float32)
     square = jnp.sum(w * w, tuple(over))
     if weight.rank:
-        a, b = weight.a, weight.b
-        if not set(over) & weight.axes("a"):
-            a, b = b, a
-        (a_axes, a), (b_axes, b) = (_whole(factors, letters) for factors in (a, b))
+        first, second = ("a", "b") if set(over) & weight.axes("a") else ("b", "a")
+        (a_axes, a), (b_axes, b) = (
+            ("".join(letters[axis] for axis in factor.axes), factor.array)
+            for factor in map(weight.product, (first, second))
+        )
         stacked = "".join(letter for letter in columns if letter in a_axes)
         cross = einsum(f"{letters},{a_axes}Z->{columns}Z", w, a)
         gram = einsum(f"{a_axes}Z,{a_axes}Y->{stacked}ZY", a, a)
         square += 2 * weight.scale * einsum(f"{columns}Z,{b_axes}Z->{columns}", cross, b)
         square += weight.scale**2 * einsum(f"{stacked}ZY,{b_axes}Z,{b_axes}Y->{columns}", gram, b, b)
     return jnp.sqrt(jnp.maximum(square, 0))  # where terms cancel, rounding may leave less than nothing
-
-
-def _whole(factors: Sequence[Factor], letters: Sequence[str]) -> tuple[str, jax.Array]:
-    names, arrays = zip(*(named(factor, letters, "Z") for factor in factors), strict=True)
-    axes = "".join(letter for letter in letters if any(letter in name for name in names))
-    # A rank of 1 has no letter of its own.
-    rank = "Z" if any("Z" in name for name in names) else ""
-    whole = jnp.einsum(f"{','.join(names)}->{axes}{rank}", *arrays)
-    return axes, whole if rank else whole[..., None]
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from lora_jax.adapters import SHARED, Adapter, weights
 from lora_jax.factored import Factored
 from lora_jax.lift import attach
-from lora_jax.stored import is_stored
+from lora_jax.stored import array, is_stored
 from lora_jax.tree import Tree, leaves_by_path, replace
 
 
@@ -105,8 +105,8 @@ def merge_error(params: Tree, adapters: Mapping[str, Adapter]) -> dict[str, floa
         exact = np.asarray(weight.value(), np.float64) + np.asarray(weight.delta(), np.float64)
         gain = weight.resolved().gain
         exact = exact if gain is None else exact * np.asarray(gain.expanded(exact.ndim)[..., 0], np.float64)
-        change = np.linalg.norm(exact - np.asarray(_array(leaves[path]), np.float64))
-        lost = np.linalg.norm(np.asarray(_array(_like(leaves[path], weight.dense())), np.float64) - exact)
+        change = np.linalg.norm(exact - np.asarray(array(leaves[path]), np.float64))
+        lost = np.linalg.norm(np.asarray(array(_like(leaves[path], weight.dense())), np.float64) - exact)
         errors[path] = float(lost / change) if change else 0.0
     return errors
 
@@ -121,11 +121,13 @@ def _checked(params: Tree, adapters: Mapping[str, Adapter]) -> dict[str, Factore
 
 
 def _like(leaf: Any, w: jax.Array) -> Any:
-    return leaf.requantised(w) if is_stored(leaf) else w
+    """`w` stored as a leaf is, and where it is: the compiler may have placed the sum elsewhere."""
 
+    def placed(x: jax.Array, old: Any) -> jax.Array:
+        known = isinstance(old, jax.Array) and not isinstance(old, Tracer)
+        return jax.device_put(x, old.sharding) if known else x
 
-def _array(leaf: Any) -> jax.Array:
-    return leaf.dequantised() if is_stored(leaf) else leaf
+    return jax.tree.map(placed, leaf.requantised(w) if is_stored(leaf) else w, leaf)
 
 
 def _equal(x: Any, y: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import string
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.factored import After, Factor, Factored, compact, named
+from lora_jax.factored import After, Factor, Factored, named
 from lora_jax.rules import Bind, NoRule, only, rearranged, rule
 from lora_jax.stored import Deferred, used
 
@@ -110,9 +109,9 @@ def _dot_general(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> lis
     weight = _resolved(weight)
     gain, where = _gain(weight.gain, weight.shape, *letters)
     if where == "in":
-        x = x * gain
+        x = (x * gain).astype(x.dtype)
     if weight.moments is not None:
-        x = _measured(weight, weight.moments, x, *letters)
+        x = _measured(weight.moments, x, *letters)
 
     def product(w: jax.Array, x: jax.Array) -> jax.Array:
         return bind(*((w, x) if position == 0 else (x, w)))[0]
@@ -162,9 +161,7 @@ def _after(after: After, y: jax.Array, weight_axes: str, x_axes: str, out_axes: 
     return jnp.einsum(f"{low},{up}->{out_axes}", t, up_array.astype(y.dtype))
 
 
-def _measured(
-    weight: Factored, moments: Factor, x: jax.Array, weight_axes: str, x_axes: str, out_axes: str
-) -> jax.Array:
+def _measured(moments: Factor, x: jax.Array, weight_axes: str, x_axes: str, out_axes: str) -> jax.Array:
     """`x` itself, with Σ x xᵀ over what is contracted as the gradient of the weight's `moments`."""
     name = "".join(weight_axes[axis] for axis in moments.axes)
     inner = [letter for letter in name if letter in x_axes and letter not in out_axes]
@@ -211,7 +208,7 @@ def _ragged_dot(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list
     if weight.rank:
         if (w_in[0] in weight.axes("a")) == (w_in[0] in weight.axes("b")):
             raise NoRule("the contracted axis of ragged_dot must be in one factor")
-        first, second = whole(weight, "a"), whole(weight, "b")
+        first, second = weight.product("a"), weight.product("b")
         if w_in[0] not in first.axes:
             first, second = second, first
         t_MR = weight.scale * lax.ragged_dot(dropped(weight, x_MD), each(first, d), groups)
@@ -305,7 +302,7 @@ def _low_rank_conv(weight: Factored, x: jax.Array, params: dict[str, Any]) -> ja
     (out_axis, *window), feature = numbers.rhs_spec, numbers.out_spec[1]
     if params["batch_group_count"] != 1:
         raise NoRule("a convolution with batch groups")
-    inner, outer = whole(weight, "a"), whole(weight, "b")
+    inner, outer = weight.product("a"), weight.product("b")
     if out_axis in inner.axes:
         inner, outer = outer, inner
     if out_axis in inner.axes or any(axis in outer.axes for axis in window):
@@ -334,11 +331,6 @@ def _low_rank_conv(weight: Factored, x: jax.Array, params: dict[str, Any]) -> ja
         preferred_element_type=params["preferred_element_type"],
     )
     return jnp.moveaxis(low.reshape(*low.shape[:-2], -1), -1, feature)
-
-
-def whole(weight: Factored, name: str) -> Factor:
-    """The factors `a` or `b` multiplied out to one."""
-    return compact(functools.reduce(jnp.multiply, [factor.expanded(weight.ndim) for factor in getattr(weight, name)]))
 
 
 def _linear(weight: Factored, operation: str) -> None:

@@ -15,7 +15,7 @@ from lora_jax.inits import DECOMPOSITIONS, INITIALISERS, Decomposition
 from lora_jax.leaves import Leaf, Rows
 from lora_jax.methods import IA3, PROJECTIONS, AdaLoRA, DoRA, LoRA, Projections, VeRA
 from lora_jax.spec import Rule, Spec, select
-from lora_jax.stored import is_stored
+from lora_jax.stored import array
 from lora_jax.trace import Site, Sites
 from lora_jax.tree import Tree, leaves_by_path
 
@@ -89,10 +89,6 @@ def decomposed(decomposition: Decomposition, w: jax.Array, site: Site, rule: Rul
     return a.reshape(*stacked, *inp, rank), b.reshape(*stacked, *out, rank)
 
 
-def _array(leaf: Any) -> jax.Array:
-    return leaf.dequantised() if is_stored(leaf) else leaf
-
-
 def _lora(key: jax.Array, site: Site, rule: Rule, leaf: Any, frozen: tuple[str, ...] = ()) -> LoRA:
     stacked, inp, out = _shapes(site)
     rank = rule.rank_at(site)
@@ -104,7 +100,7 @@ def _lora(key: jax.Array, site: Site, rule: Rule, leaf: Any, frozen: tuple[str, 
     if site.kind == "embedding":
         a, b = jnp.zeros(shape_a), jax.random.normal(key, shape_b)
     elif rule.init in DECOMPOSITIONS:
-        a, b = decomposed(DECOMPOSITIONS[rule.init], _array(leaf), site, rule)
+        a, b = decomposed(DECOMPOSITIONS[rule.init], array(leaf), site, rule)
         start = (a.copy(), b.copy())  # a and its start are donated apart
     else:
         a, b = INITIALISERS[rule.init](key, shape_a, math.prod(inp)), jnp.zeros(shape_b)
@@ -117,7 +113,7 @@ def _lora_fa(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> LoRA:
 
 def _dora(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> DoRA:
     stacked, inp, out = site.axes
-    norm = jnp.sqrt(jnp.sum(jnp.square(_array(leaf).astype(jnp.float32)), inp))
+    norm = jnp.sqrt(jnp.sum(jnp.square(array(leaf).astype(jnp.float32)), inp))
     left = sorted((*stacked, *out))
     return DoRA(_lora(key, site, rule, leaf), norm.transpose([left.index(axis) for axis in (*stacked, *out)]))
 
@@ -149,7 +145,7 @@ def _bottleneck(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> Bottleneck
 
 def _full(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> Leaf:
     # A copy: the base is never donated with what is trained.
-    return Leaf(jnp.array(_array(leaf), jnp.float32, copy=True))
+    return Leaf(jnp.array(array(leaf), jnp.float32, copy=True))
 
 
 def _rows(key: jax.Array, site: Site, rule: Rule, leaf: Any) -> Rows:

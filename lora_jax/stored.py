@@ -26,6 +26,11 @@ def abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_stored(leaf) else leaf
 
 
+def array(leaf: Any) -> Any:
+    """The array that a leaf is, or stands for."""
+    return leaf.dequantised() if is_stored(leaf) else leaf
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Deferred:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import adapter, assert_lifts
 
@@ -249,3 +249,20 @@ def test_flops_are_those_of_all_devices(mesh, case):
     alone = flops(plain, params, x)
     assert flops(column_and_row_parallel(mesh), params, x) == alone
     assert flops(replicated(mesh), params, x) == 4 * alone  # everything along "model" is done four times
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3"])
+def test_a_merged_weight_lies_where_its_weight_lay(mesh, case, key, method):
+    params, _, x = case
+    spec = lora.Spec(method=method, target="up|down", **({} if method == "ia3" else {"rank": 2}))
+    adapters = lora.init(key, params, lora.trace(plain, params, x), spec)
+    adapters = jax.tree.map(lambda leaf: leaf + jax.random.normal(key, leaf.shape) / 3, adapters)
+    want = lora.merge(params, adapters)
+    for up, down in ((P("data", "model"), P("model")), (P("model"), P(None, "data"))):
+        places = {"up": NamedSharding(mesh, up), "down": NamedSharding(mesh, down)}
+        placed = jax.device_put({name: params[name] for name in places}, places)
+        merged = lora.merge(placed, adapters)
+        assert {name: w.sharding for name, w in merged.items()} == places
+        for name, w in merged.items():
+            np.testing.assert_allclose(w, want[name], rtol=1e-5, atol=1e-6)
+            assert np.abs(w - params[name]).max() > 1e-2

@@ -216,3 +216,17 @@ def test_the_invariances_of_the_four_scales(key, changed):
     plain, scaled = run(8.0, 1.0, 1.0), run(8.0 / (p * q) if not changed else 8.0, p, q if not changed else 1.0)
     error = max(float(jnp.linalg.norm(plain[path] - scaled[path]) / jnp.linalg.norm(plain[path])) for path in plain)
     assert (error > 1e-1) if changed else (error < 1e-3)
+
+
+def test_a_rescaled_input_keeps_its_dtype():
+    """The scale is float32; a product of bfloat16 stays one."""
+    params, x = {"w": jnp.ones((6, 4), jnp.bfloat16)}, jnp.ones((5, 6), jnp.bfloat16)
+    adapters = {"w": lora.IA3(jnp.full(6, 1.5), lora.Axes((), (0,), (1,)), "in")}
+
+    def f(p, x):
+        return jax.lax.dot(x, p["w"])
+
+    for tree, y in ((params, 6), (lora.attach(params, adapters), 9)):
+        (dot,) = [eqn for eqn in jax.make_jaxpr(lora.lift(f))(tree, x).eqns if eqn.primitive.name == "dot_general"]
+        assert [operand.aval.dtype for operand in dot.invars] == [jnp.bfloat16] * 2
+        np.testing.assert_array_equal(lora.lift(f)(tree, x), jnp.full((5, 4), y, jnp.bfloat16))

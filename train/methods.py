@@ -1,7 +1,6 @@
 """The methods of fine-tuning by name: what each trains, with which settings of its own, and how it runs the model."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -111,13 +110,12 @@ def start(
     if config.method == "full":
         return None, jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
     if config.method in SOFT:
-        make = soft.init_prompt if config.method == "prompt" else soft.init_prefix
         n = config.lora.rank or METHODS[config.method].rank
         text = model.tokenizer.encode(config.soft_text, add_special_tokens=False).ids if config.soft_text else None
-        lifted = (
-            functools.partial(make, keys_values=lora.lift(decoder.keys_values)) if make is soft.init_prefix else make
-        )
-        return model.params, lifted(key, model.params, model.config, n, text)
+        given = key, model.params, model.config, n, text
+        if config.method == "prompt":
+            return model.params, soft.init_prompt(*given)
+        return model.params, soft.init_prefix(*given, keys_values=lora.lift(decoder.keys_values))
     if config.method == "loftq":
         rules = {"all-linear": config.quantize or "nf4"}
         return loftq(key, model.params, sites(model), spec(config), rules)

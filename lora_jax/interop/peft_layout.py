@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.adapters import Axes
 from lora_jax.models import keys
 from lora_jax.models.config import DecoderConfig
-from lora_jax.stored import is_stored
+from lora_jax.stored import array
 
 PREFIX = "base_model.model."
 
@@ -134,5 +134,4 @@ def from_file(x: np.ndarray, part: Part, key: keys.Key, config: DecoderConfig) -
 
 def rows(leaf: Any, which: Sequence[int]) -> np.ndarray:
     """Rows of an embedding, float32."""
-    table = leaf.dequantised() if is_stored(leaf) else leaf
-    return np.asarray(table[np.array(which)], np.float32)
+    return np.asarray(array(leaf)[np.array(which)], np.float32)
