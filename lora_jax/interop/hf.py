@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import tokenizers
 
-from lora_jax.interop import gguf, hub, safetensors
+from lora_jax.interop import gguf, guard, hub, safetensors
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import Rules
 
@@ -104,19 +104,23 @@ def packaged() -> Path:
 def _from_gguf(path: Path, source: str, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
     file = gguf.File(path)
     beside = path.parent / "tokenizer.json"
-    tokenizer = _tokenizer(beside) if beside.is_file() else gguf.tokenizer(file)
+    with guard.told(path):
+        tokenizer = _tokenizer(beside) if beside.is_file() else gguf.tokenizer(file)
+        special = _gguf_special(file.metadata)
     config, params = gguf.load(file, dtype, quantize) if weights else (gguf.decoder_config(file), None)
-    meta = file.metadata
+    return Checkpoint(config, params, tokenizer, file.metadata.get("tokenizer.chat_template"), special, source)
+
+
+def _gguf_special(meta: dict[str, Any]) -> Special:
     eos = meta.get("tokenizer.ggml.eos_token_id")
     end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
-    special = Special(
+    return Special(
         bos=meta.get("tokenizer.ggml.bos_token_id"),
         eos=eos,
         pad=meta.get("tokenizer.ggml.padding_token_id"),
         end_of_turn=end_of_turn,
         stop=_distinct([eos, end_of_turn]),
     )
-    return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special, source)
 
 
 def _from_folder(folder: Path, source: str, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
@@ -132,15 +136,17 @@ def _from_folder(folder: Path, source: str, dtype: jnp.dtype, quantize: Rules | 
         token = token["content"] if isinstance(token, dict) else token
         return None if token is None else tokenizer.token_to_id(token)
 
-    eos, stop = token_id("eos"), generation.get("eos_token_id")
-    special = Special(
-        bos=token_id("bos"),
-        eos=eos,
-        pad=token_id("pad"),
-        end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
-        stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
-    )
-    return Checkpoint(config, params, tokenizer, _template(folder, settings), special, source)
+    with guard.told(folder / "tokenizer_config.json"):
+        eos, stop = token_id("eos"), generation.get("eos_token_id")
+        special = Special(
+            bos=token_id("bos"),
+            eos=eos,
+            pad=token_id("pad"),
+            end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
+            stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
+        )
+        template = _template(folder, settings)
+    return Checkpoint(config, params, tokenizer, template, special, source)
 
 
 def _tokenizer(path: Path) -> tokenizers.Tokenizer:
