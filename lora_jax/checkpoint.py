@@ -7,6 +7,7 @@
 The base is never saved. Its fingerprint is, and a run goes on only over the base that it began with.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,7 +48,7 @@ class Checkpoints:
       folder: made if it is not there.
       identity: JSON that must be the same whenever the run goes on: `base`, its fingerprint, and
         others such as the spec.
-      keep: how many checkpoints are kept, the newest.
+      keep: how many checkpoints are kept, the newest; the one with the highest score is kept besides.
       about: JSON to keep beside them for readers, such as the whole config and the library's version.
       log: told, in one line, of every checkpoint that is passed over.
     """
@@ -70,14 +71,18 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True),
         )
 
-    def save(self, state: State) -> None:
-        """Writes a checkpoint, and then removes those that are older than the `keep` newest.
+    def save(self, state: State, score: float | None = None) -> None:
+        """Writes a checkpoint, and then removes those that are older than the `keep` newest, but for the best.
+
+        Args:
+          state: to be written.
+          score: how good what was trained is, if that was measured: the higher the better.
 
         Raises:
           OSError: if it cannot be written; the checkpoints before it are untouched.
         """
         try:
-            self._write(state)
+            self._write(state, score)
         except Exception as error:  # Orbax passes on what its several writers raise
             for part in (str(state.step), f"{state.step}.orbax-checkpoint-tmp"):
                 shutil.rmtree(self.folder / part, ignore_errors=True)
@@ -88,7 +93,7 @@ class Checkpoints:
                 f"{self.folder / str(state.step)}: the checkpoint cannot be written ({reason}); {kept}; "
                 "make room and run the same command again"
             ) from error
-        for step in sorted(_steps(self.folder))[: -self.keep]:
+        for step in {*sorted(_steps(self.folder))[: -self.keep]} - {*_ranked(self.folder)[:1]}:
             shutil.rmtree(self.folder / str(step))
 
     def restore(self, like: State) -> State | None:
@@ -123,7 +128,7 @@ class Checkpoints:
         )
         return State(step, restored["trainable"], restored["optimizer"]["state"], restored["progress"])
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: State, score: float | None) -> None:
         path = self.folder / str(state.step)
         need, free = nbytes((state.trainable, state.optimizer)), shutil.disk_usage(self.folder).free
         if free < need:
@@ -138,7 +143,7 @@ class Checkpoints:
                 progress=ocp.args.JsonSave(state.progress),
             ),
         )
-        manifest = {"identity": self.identity, "about": self.about, "files": _digests(path)}
+        manifest = {"identity": self.identity, "about": self.about, "score": score, "files": _digests(path)}
         part = path / f"{MANIFEST}.part"
         with part.open("w") as file:
             json.dump(manifest, file, indent=1)
@@ -161,13 +166,23 @@ def newest(folder: str | os.PathLike, log: Callable[[str], None] = print) -> int
     return None
 
 
-def load(folder: str | os.PathLike, like: Any, base: str) -> Any:
-    """Reads what was trained from a run's newest whole checkpoint, to use it.
+def best(folder: str | os.PathLike) -> int | None:
+    """The step of the whole checkpoint with the highest score in a folder; None if none has one.
+
+    Args:
+      folder: of checkpoints.
+    """
+    return next((step for step in _ranked(Path(folder)) if _damage(Path(folder) / str(step)) is None), None)
+
+
+def load(folder: str | os.PathLike, like: Any, base: str, step: int | None = None) -> Any:
+    """Reads what was trained from a checkpoint of a run, to use it.
 
     Args:
       folder: of checkpoints.
       like: a tree of the same structure, such as `jax.eval_shape` gives.
       base: fingerprint of the base it is to be used with.
+      step: of the checkpoint, such as `best` gives; without it, the newest that is whole.
 
     Returns:
       The adapters, or the whole parameters where these were trained.
@@ -176,10 +191,12 @@ def load(folder: str | os.PathLike, like: Any, base: str) -> Any:
       FileNotFoundError: if there is no whole checkpoint.
       ValueError: if it was trained over another base, or is another tree.
     """
-    step = newest(folder)
+    step = newest(folder) if step is None else step
     if step is None:
         raise FileNotFoundError(f"{folder}: no whole checkpoint; train first")
     path = Path(folder).absolute() / str(step)
+    if damage := _damage(path):
+        raise ValueError(f"{path}: cannot be read: {damage}")
     saved = json.loads((path / MANIFEST).read_text())["identity"]["base"]
     if saved != base:
         raise ValueError(f"{path}: trained over a base with fingerprint {saved}; this one has {base}")
@@ -211,6 +228,15 @@ def _item(state: State) -> dict[str, Any]:
 
 def _steps(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+
+
+def _ranked(folder: Path) -> list[int]:
+    """The steps of the checkpoints that have a score, the best first, and of several such the earliest."""
+    scores = {}
+    for step in _steps(folder):
+        with contextlib.suppress(OSError, ValueError):  # half-written or damaged: it has none
+            scores[step] = json.loads((folder / str(step) / MANIFEST).read_text()).get("score")
+    return sorted((step for step in scores if scores[step] is not None), key=lambda step: (-scores[step], step))
 
 
 def _digests(path: Path) -> dict[str, list]:

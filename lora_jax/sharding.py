@@ -97,7 +97,9 @@ def specs(params: Tree, names: Mapping[str, str], rules: Sequence[tuple[str, str
         used.add(pattern)
         own = names[pattern].split()
         if len(own) != len(leaf.shape):
-            raise ValueError(f"{path!r} {list(leaf.shape)} has {len(leaf.shape)} axes, its names are {names[pattern]!r}")
+            raise ValueError(
+                f"{path!r} {list(leaf.shape)} has {len(leaf.shape)} axes, its names are {names[pattern]!r}"
+            )
         found[path] = own
     for pattern in names:
         if pattern not in used:

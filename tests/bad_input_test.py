@@ -120,7 +120,12 @@ def test_longer_than_the_context_is_counted_and_cut_only_if_asked(model, tmp_pat
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
-        ({"optim__schedule": "cosine"}, "config.optim.schedule='cosine' is not one of 'linear', 'constant'"),
+        ({"optim__schedule": "step"}, "config.optim.schedule='step' is not one of 'linear', 'cosine', 'constant'"),
+        ({"optim__warmup": 4}, "config.optim.warmup=4 must be less than config.steps=4"),
+        ({"optim__b2": 1.0}, "config.optim.b2=1.0 must be at least 0 and less than 1"),
+        ({"guard__spike": -1.0}, "config.guard.spike=-1.0 must be 0 or more"),
+        ({"guard__then": "wait"}, "config.guard.then='wait' is not one of 'stop', 'skip'"),
+        ({"checkpoint__keep": 0}, "config.checkpoint.keep=0 must be at least 1"),
         ({"accumulate": 3}, "accumulate=3 does not divide"),
         ({"steps": 0}, "config.steps=0"),
         ({"remat": "some"}, "remat='some' is not one of"),

@@ -58,6 +58,28 @@ def test_the_newest_are_kept(tmp_path):
     assert checkpoints.restore(state(0)).trainable["layers/q"]["a"][0, 0] == 100
 
 
+def test_the_best_is_kept_besides(tmp_path):
+    checkpoints = open_(tmp_path)
+    for step, score in ((5, 1.0), (10, 3.0), (15, None), (20, 2.0), (25, 3.0), (30, None)):
+        checkpoints.save(state(step, step), score)
+    assert sorted(os.listdir(tmp_path / "run"), key=int) == ["10", "25", "30"]
+    assert checkpoint.best(tmp_path / "run") == 10  # the first of two
+    like = jax.eval_shape(lambda: state(0).trainable)
+    assert checkpoint.load(tmp_path / "run", like, "abc", 10)["layers/q"]["a"][0, 0] == 10
+    assert checkpoint.load(tmp_path / "run", like, "abc")["layers/q"]["a"][0, 0] == 30
+    flip_a_bit(tmp_path / "run" / "10")
+    assert checkpoint.best(tmp_path / "run") == 25
+    with pytest.raises(ValueError, match=r"10: cannot be read: .* has changed"):
+        checkpoint.load(tmp_path / "run", like, "abc", 10)
+    checkpoints.save(state(35), 4.0)
+    assert sorted(os.listdir(tmp_path / "run"), key=int) == ["30", "35"]
+
+
+def test_without_scores_there_is_no_best(tmp_path):
+    open_(tmp_path).save(state(10))
+    assert checkpoint.best(tmp_path / "run") is None
+
+
 @pytest.mark.parametrize("changed", [{"base": "other"}, {"spec": "rank 8"}])
 def test_another_identity_is_refused(tmp_path, changed):
     open_(tmp_path).save(state(10))

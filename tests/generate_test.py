@@ -144,3 +144,40 @@ def test_bad_arguments(loaded, prompts, changes, message):
     arguments = {"prompt_lengths_B": LENGTHS, "max_new": NEW, "eos_ids": ()} | changes
     with pytest.raises(ValueError, match=message):
         generate.generate(params, config, prompts, **arguments)
+
+
+def test_log_probabilities_are_those_of_the_whole_text(loaded, prompts):
+    config, params = loaded
+    end = (7, 9, 11, 13, 15, 17)
+    for temperature in (1.0, 0.5, 0.0):
+        key = jax.random.key(5) if temperature else None
+        said = generate.sample(params, config, prompts, LENGTHS, NEW, end, key, temperature)
+        for b, (length, count) in enumerate(zip(LENGTHS, np.asarray(said.counts_B), strict=True)):
+            text = np.array([*prompts[b, :length], *np.asarray(said.tokens_BN)[b, :count]])
+            logits = decoder.forward(params, text[None, :-1], config)[0, length - 1 :] / (temperature or 1.0)
+            expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), text[length:, None], axis=1)[:, 0]
+            np.testing.assert_allclose(said.log_probs_BN[b, :count], expected, rtol=1e-4, atol=1e-5)
+            assert not np.any(said.log_probs_BN[b, count:])
+
+
+def test_padding_on_the_left_is_padding_on_the_right(loaded, prompts):
+    config, params = loaded
+    lefts = np.stack([np.roll(prompt, 9 - length) for prompt, length in zip(prompts, LENGTHS, strict=True)])
+    key = jax.random.key(0)
+    right = generate.sample(params, config, prompts, LENGTHS, NEW, (), key)
+    left = generate.sample(params, config, lefts, LENGTHS, NEW, (), key, left=True)
+    np.testing.assert_array_equal(left.tokens_BN, right.tokens_BN)
+    np.testing.assert_allclose(left.log_probs_BN, right.log_probs_BN, rtol=1e-4, atol=1e-5)
+    mistaken = generate.sample(params, config, lefts, LENGTHS, NEW, (), key)
+    assert not np.array_equal(mistaken.tokens_BN, right.tokens_BN)
+
+
+def test_a_row_with_its_own_key_draws_the_same_beside_others(loaded, prompts):
+    config, params = loaded
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = generate.sample(params, config, prompts, LENGTHS, NEW, (), keys).tokens_BN
+    order = np.array([2, 0, 1])
+    moved = generate.sample(params, config, prompts[order], np.array(LENGTHS)[order], NEW, (), keys[order]).tokens_BN
+    np.testing.assert_array_equal(moved, np.asarray(together)[order])
+    mistaken = generate.sample(params, config, prompts[order], np.array(LENGTHS)[order], NEW, (), keys).tokens_BN
+    assert not np.array_equal(mistaken, moved)

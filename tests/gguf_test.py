@@ -140,5 +140,5 @@ def test_wrong_shape(tmp_path):
 @pytest.mark.parametrize(("old", "new"), [(b"smollm", b"nosuch"), (b"gpt2", b"bert")])
 def test_other_tokenizers_are_refused(file, old, new):
     spoil(file, lambda b: b.replace(old, new))
-    with pytest.raises(ValueError, match=r"is not supported .*use a folder with tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"is not supported .*put the model's tokenizer\.json into"):
         reader.tokenizer(reader.File(file))

@@ -1,14 +1,13 @@
-"""Configs, records, the progress line and the report."""
+"""Configs, records and the progress line."""
 
 import ast
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from train import config as settings
-from train import loop, report
+from train import loop, rl_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -21,18 +20,29 @@ def test_config_files_say_what_to_expect_and_can_be_meant(path):
     names: dict = {}
     exec(compile(source, path, "exec"), names)
     config = names["get_config"]()
+    if "variants" in config:  # of another config
+        return
     config = config.get("sft", config)  # a comparison's experiment
-    settings.check(config)
+    (rl_settings if "reward" in config else settings).check(config)
     with pytest.raises(AttributeError, match="locked"):
         config.optim.learning_rate = 1.0
 
 
-def test_schedules():
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("constant", 0, [1, 1, 1, 1]),
+        ("cosine", 0, [(1 + np.cos(np.pi * i / 4)) / 2 for i in range(4)]),
+        ("linear", 2, [0.5, 1, 1, 0.5]),
+        ("constant", 3, [1 / 3, 2 / 3, 1, 1]),
+        ("cosine", 1, [1, 1, 0.75, 0.25]),
+    ],
+)
+def test_schedules(kind, warmup, expected):
     config = settings.sft()
-    config.steps = 4
-    np.testing.assert_allclose([settings.schedule(config, 1.0)(i) for i in range(4)], [1, 0.75, 0.5, 0.25])
-    config.optim.schedule = "constant"
-    np.testing.assert_allclose([settings.schedule(config, 1.0)(i) for i in range(4)], 1)
+    config.steps, config.optim.schedule, config.optim.warmup = 4, kind, warmup
+    np.testing.assert_allclose([settings.schedule(config, 2.0)(i) for i in range(4)], 2 * np.array(expected), rtol=1e-6)
 
 
 def test_what_happened_after_a_checkpoint_is_recorded_once(tmp_path):
@@ -69,22 +79,18 @@ def test_speed_leaves_out_the_step_that_compiles_and_what_is_skipped(monkeypatch
     clock = iter([0.0, 0.0, 100.0, 101.0, 150.0, 152.0])
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
     with loop.Progress(steps=4, step=0) as progress:
-        progress.update(1, 1.0, 60)  # 100 s
-        assert progress.update(2, 1.0, 60) == 60  # 1 s
+        progress.update(1, {"loss": 1.0, "tokens": 60})  # 100 s
+        assert progress.update(2, {"loss": 1.0, "tokens": 60})["tokens_per_second"] == 60  # 1 s
         progress.skip()
-        assert progress.update(3, 0.5, 60) == 30  # 2 s
+        assert progress.update(3, {"loss": 0.5, "tokens": 60})["tokens_per_second"] == 30  # 2 s
     assert "step 3/4  loss 0.5000  40 tokens/s  0:00:02 left" in capsys.readouterr().out
 
 
-def test_report(tmp_path, capsys):
-    lines = [{"step": 0, "heldout_loss": 3.0, "exact_match": 0.0}, {"step": 1, "loss": 2.0}]
-    lines += [{"step": 1, "heldout_loss": 2.0, "exact_match": 0.5}, {"step": 2, "heldout_loss": 1, "exact_match": 0.75}]
-    samples = [{"step": step, "question": "1 | 1", "expected": "2", "said": said} for step, said in enumerate("abc")]
-    for name, values in (("metrics", lines), ("samples", samples)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
-    report.close(tmp_path, "sums")
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["held-out loss 3.0000 -> 1.0000", "exact match 0.0% -> 75.0%"]
-    text = (tmp_path / "report.md").read_text()
-    assert "| 1 \\| 1 | 2 | a | c |" in text and "exact match 0.0% -> 75.0%" in text
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_waiting_for_input_is_measured(monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 2.0, 4.0, 4.0, 4.5, 6.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    with loop.Progress(steps=2, step=0) as progress:
+        assert progress.fetch(iter("a")) == "a"  # from 1 to 2
+        assert progress.update(1, {"loss": 1.0, "tokens": 8}) == {"tokens_per_second": 2.0, "input_share": 0.25}
+        assert progress.fetch(iter("b")) == "b"  # from 4 to 4.5
+        assert progress.update(2, {"tokens": 8}) == {"tokens_per_second": 4.0, "input_share": 0.25}

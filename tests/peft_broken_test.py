@@ -111,7 +111,7 @@ def test_tensors(folder, model, change, message):
         ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is not supported"),
         ({"lora_bias": True}, "lora_bias=True changes what the adapter computes"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters="),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "down_proj' of target_parameters is no parameter of this"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' belongs to a base that was changed"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),

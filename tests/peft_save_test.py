@@ -14,6 +14,7 @@ from lora_jax import soft
 from lora_jax.fingerprint import fingerprint
 from lora_jax.interop import peft
 from lora_jax.models import decoder
+from lora_jax.models.config import DecoderConfig
 
 tiny_peft = pytest.importorskip("tiny_peft")
 pytestmark = pytest.mark.usefixtures("quick")
@@ -162,6 +163,15 @@ def test_refused(model, tmp_path):
             peft.save(tmp_path / "refused", adapters, shape, params)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "refused").exists()
+
+
+def test_parts_of_a_fused_tensor_are_refused(tmp_path):
+    config = DecoderConfig("phi3", 61, 32, 48, 2, 4, 2, 8, context=64)
+    params = decoder.init(jax.random.key(0), config)
+    for target in ("q_proj", "up_proj"):
+        with pytest.raises(ValueError, match=f"'layers/{target}/kernel' is a part of .*: merge it instead"):
+            peft.save(tmp_path / "refused", made(Spec(rank=2, target=target), config, params), config, params)
+    peft.save(tmp_path / "written", made(Spec(rank=2, target="o_proj"), config, params), config, params)
 
 
 def test_dropouts_that_differ_are_told(model, tmp_path):

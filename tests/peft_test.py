@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 def case(request, tmp_path_factory):
     """Of every kind: PEFT's logits, the folder that it saved, and what is read from it."""
     folder = tmp_path_factory.mktemp("peft")
-    model, config, params = tiny_peft.base(folder / "base")
+    changes = tiny_peft.BIASED if "bias" in request.param else {}
+    model, config, params = tiny_peft.base(folder / "base", **changes)
     plain = tiny_peft.peeled(model)
     theirs = tiny_peft.peeled(tiny_peft.trained(model, tiny_peft.CASES[request.param](), folder))
     return request.param, folder, config, params, peft.load(folder, config, params), theirs, plain
@@ -37,9 +38,10 @@ def rows(tensors):
 def test_written_again_it_is_the_same(case, tmp_path):
     name, folder, config, params, adapters, theirs, _ = case
     peft.save(tmp_path, adapters, config, params)
-    np.testing.assert_allclose(tiny_peft.their_logits(tmp_path), theirs, atol=1e-4)
+    changes = tiny_peft.BIASED if "bias" in name else {}
+    np.testing.assert_allclose(tiny_peft.their_logits(tmp_path, **changes), theirs, atol=1e-4)
     before, after = tiny_peft.tensors(folder), tiny_peft.tensors(tmp_path)
-    assert {key for key in before if ".base_layer." not in key} == set(after)
+    assert {key for key in before if not key.endswith(".base_layer.weight")} == set(after)
     again = peft.load(tmp_path, config, params)
     if name.startswith("rows"):  # added here to the base's, there they stand in their place: that rounds once
         np.testing.assert_allclose(rows(after), rows(before), atol=1e-6)
@@ -63,9 +65,10 @@ def test_rows_of_a_tied_matrix_are_trained_on_both_sides(tmp_path):
     np.testing.assert_allclose(tiny_peft.their_logits(tmp_path / "ours", **tied), theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "layers", "vera", "whole"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "layers", "vera", "whole", "biases"])
 def test_training_goes_on_here_and_there(kind, tmp_path):
-    model, config, params = tiny_peft.base(tmp_path / "base")
+    changes = tiny_peft.BIASED if "bias" in kind else {}
+    model, config, params = tiny_peft.base(tmp_path / "base", **changes)
     before = tiny_peft.peeled(tiny_peft.trained(model, tiny_peft.CASES[kind](), tmp_path / "theirs"))
     adapters = peft.load(tmp_path / "theirs", config, params)
     tokens = jnp.array(tiny_peft.texts(), jnp.int32)
@@ -79,7 +82,7 @@ def test_training_goes_on_here_and_there(kind, tmp_path):
     mask = lora.trainable_mask(adapters)
     after = jax.tree.map(lambda x, g, m: x - 0.05 * g if m else x, adapters, gradient, mask)
     peft.save(tmp_path / "ours", after, config, params)
-    there = tiny_peft.their_logits(tmp_path / "ours")
+    there = tiny_peft.their_logits(tmp_path / "ours", **changes)
     np.testing.assert_allclose(tiny_peft.our_logits(params, after, config), there, atol=1e-4)
     assert np.abs(there - before).max() > 1e-3 and nll(after) < first
     assert set(tiny_peft.tensors(tmp_path / "ours")) <= set(tiny_peft.tensors(tmp_path / "theirs"))

@@ -71,9 +71,9 @@ def weights(run):
 
 
 def recorded(run):
-    """What was measured, but for the speed."""
+    """What was measured, but for times."""
     return [
-        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        {name: value for name, value in line.items() if name not in ("tokens_per_second", "input_share")}
         for line in loop.read(run / "metrics.jsonl")
     ]
 

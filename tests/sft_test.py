@@ -17,7 +17,7 @@ from lora_jax.data import packing
 from lora_jax.interop import hf
 from lora_jax.models import decoder
 from train import config as settings
-from train import loop, objective, sft
+from train import loop, objective, sft, update
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -79,42 +79,50 @@ def test_head_runs_on_learned_positions_alone(model):
     assert logits(learned=24) == 4 * 24
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch(model):
+@pytest.mark.slow
+def test_however_a_batch_is_laid_out_and_computed_the_update_is_the_same(model):
     m = hf.load(model)
-    batch = batch_of([5, 12, 20, 7], [1, 9, 1, 4])  # parts with 10 and 5 tokens to learn
-    nll = functools.partial(objective.negative_log_likelihood, shape=m.config, learned=9)
-    adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
-    adapters = jax.tree.map(lambda x: x + 0.01, adapters)
-    tx = optax.sgd(1.0)
+    rng = np.random.default_rng(0)
+    shapes = zip((5, 12, 20, 7), (1, 9, 1, 4), strict=True)  # accumulated: parts with 10 and 5 tokens to learn
+    examples = [packing.Tokens("x", rng.integers(0, 300, n + 1, np.int32), np.arange(n + 1) > n - k) for n, k in shapes]
 
-    def tree(adapters, base, key):
-        return lora.attach(base, adapters)
+    def rows(length=24, pack=False):
+        return packing.batch(packing.rows(examples, length, pack), length)
 
-    def step(parts):
-        update = sft.make_update(lora.lift(nll), tree, tx, parts)
+    plain = functools.partial(objective.negative_log_likelihood, shape=m.config, learned=9)
+    adapters = lora.init(jax.random.key(0), m.params, lora.trace(plain, m.params, rows()), lora.Spec(rank=4))
+    adapters, tx = jax.tree.map(lambda x: x + 0.01, adapters), optax.sgd(1.0)
+
+    def moved(batch, accumulate=1, **options):
+        nll = functools.partial(objective.negative_log_likelihood, shape=m.config, **{"learned": 9, **options})
+        step = update.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, accumulate)
         fresh = jax.tree.map(jnp.array, adapters)
-        return update(fresh, tx.init(fresh), m.params, batch, jax.random.key(0))
+        new, _, numbers = step(fresh, tx.init(fresh), m.params, batch, jax.random.key(0))
+        return jax.tree.map(lambda old, new: old - new, adapters, new), numbers
+
+    def same(got, expected):
+        np.testing.assert_allclose(got[1]["loss"], expected[1]["loss"], rtol=1e-5)
+        largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[0]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), got[0], expected[0])
 
     @jax.jit
     @jax.value_and_grad
-    def mean(adapters, rows):
-        total, tokens = lora.lift(nll)(lora.attach(m.params, adapters), rows)
+    def mean(adapters, batch):
+        total, tokens = lora.lift(plain)(lora.attach(m.params, adapters), batch)
         return total / tokens
 
-    def some(start, end):
-        return {name: x[start:end] for name, x in batch.items()}
-
-    (whole, _, numbers), (accumulated, _, _) = step(1), step(2)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), accumulated, whole)
-    value, expected = mean(adapters, some(0, 4))
-    moved = jax.tree.map(lambda old, new: old - new, adapters, whole)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), moved, expected)
-    np.testing.assert_allclose(numbers["loss"], value, rtol=1e-5)
+    whole = moved(rows())
+    value, gradient = mean(adapters, rows())
+    same(whole, (gradient, {"loss": value}))
+    same(moved(rows(), 2), whole)
+    same(moved(rows(length=40)), whole)
+    packed = rows(length=24, pack=True)
+    assert len(packed["tokens"]) == 2
+    same(moved(packed, packed=True, learned=24), whole)
     # Partner: the mean of the parts' means, as naive accumulation has it, is another gradient.
-    halves = [mean(adapters, some(i, i + 2))[1] for i in (0, 2)]
+    halves = [mean(adapters, {name: x[i : i + 2] for name, x in rows().items()})[1] for i in (0, 2)]
     naive = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-    gap = optax.global_norm(jax.tree.map(jnp.subtract, naive, expected)) / optax.global_norm(expected)
-    assert gap > 0.1
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, naive, gradient)) > 0.1 * optax.tree.norm(gradient)
 
 
 def test_base_is_an_argument_that_stays_and_adapters_are_donated(model):
@@ -123,11 +131,11 @@ def test_base_is_an_argument_that_stays_and_adapters_are_donated(model):
     nll = functools.partial(objective.negative_log_likelihood, shape=m.config, learned=9)
     adapters = lora.init(jax.random.key(0), m.params, lora.trace(nll, m.params, batch), lora.Spec(rank=4))
     tx = optax.adam(1e-3)
-    update = sft.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, 1)
+    step = update.make_update(lora.lift(nll), lambda a, base, key: lora.attach(base, a), tx, 1)
     arguments = (adapters, tx.init(adapters), m.params, batch, jax.random.key(0))
-    compiled = update.lower(*arguments).compile()
+    compiled = step.lower(*arguments).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > lora.nbytes(m.params)
-    update(*arguments)
+    step(*arguments)
     assert all(x.is_deleted() for x in jax.tree.leaves(adapters))
     assert not any(x.is_deleted() for x in jax.tree.leaves(m.params))
 
@@ -148,12 +156,32 @@ def test_a_run_and_what_it_leaves(model, tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 4
     assert json.loads((folder / "versions.json").read_text())["jax"] == jax.__version__
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "7 targets" in (folder / "report.html").read_text()
     assert "exact match" in (folder / "report.md").read_text()
     assert list((folder / "tensorboard").glob("events*"))
     # A finished run, started again, only reports.
     sft.train(config, folder, "tiny")
     assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1]
     assert loop.read(folder / "metrics.jsonl") == metrics
+
+
+def test_more_sets_to_evaluate_on_are_never_trained_on(model, tmp_path, capsys):
+    """One has questions of the source; they leave it."""
+    easy = [{"prompt": f"1 + {b}", "completion": str(1 + b)} for b in range(4)]
+    other = [{"prompt": f"{a} * 2", "completion": str(2 * a)} for a in range(6)]
+    sets = {
+        name: str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", x)) for name, x in (("easy", easy), ("other", other))
+    }
+    config = configured(model, tmp_path, steps=1, eval__sets=tuple(sets.items()))
+    sft.train(config, tmp_path / "run", "sets")
+    said = capsys.readouterr().out
+    assert "easy: 4 examples to evaluate on" in said and "other: 6 examples to evaluate on" in said
+    trained = int(re.search(r"(\d+) examples to train on, 8 held out", said)[1])
+    assert 64 - 8 - 4 <= trained < 64 - 8
+    (last,) = [line for line in loop.read(tmp_path / "run" / "metrics.jsonl") if "heldout_loss" in line][1:]
+    assert {"heldout_loss/easy", "heldout_loss/other", "exact_match/easy", "exact_match/other"} < last.keys()
+    assert len({last["heldout_loss"], last["heldout_loss/easy"], last["heldout_loss/other"]}) == 3
+    assert "held-out loss/other" in said
 
 
 def final(folder):

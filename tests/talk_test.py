@@ -16,7 +16,7 @@ from lora_jax.interop import hf
 from lora_jax.models import generate
 from train import chat as script
 from train import config as settings
-from train import loop, sft
+from train import loop, sft, trained
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -65,7 +65,7 @@ def test_it_says_what_is_generated_and_what_was_trained(model, run, monkeypatch,
     m = hf.load(model)
     base = talk(monkeypatch, capsys, question, model=str(model), max_new=12)
     assert base == generated(m, question, 12)
-    attached = script.trained(run, loop.resolved(run), m)
+    attached = trained.from_run(run, loop.resolved(run), m)
     merged = dataclasses.replace(m, params=lora.merge(m.params, attached.adapters))
     assert talk(monkeypatch, capsys, question, adapter=str(run), max_new=12) == generated(merged, question, 12) != base
 

@@ -37,6 +37,8 @@ CASES = {
     "whole": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"], **TASK),
     "embedding": lambda: peft.LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["embed_tokens"], **TASK),
     "bias": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], bias="all", **TASK),
+    "biases": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], bias="lora_only", **TASK),
+    "vera biases": lambda: peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj"], bias="all", **TASK),
     "rows": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 3, 9], **TASK),
     "rows alone": lambda: peft.TrainableTokensConfig(token_indices=[7, 3], **TASK),
     "vera": lambda: peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
@@ -54,6 +56,9 @@ CASES = {
 
 def texts(vocab=64):
     return np.random.default_rng(0).integers(3, vocab, (2, 9)) % np.array([[vocab], [12]])
+
+
+BIASED = {"attention_bias": True, "mlp_bias": True}  # of the models that cases of biases are for
 
 
 def base(folder, **changes):

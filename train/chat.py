@@ -14,11 +14,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from lora_jax import checkpoint, soft
+from lora_jax import soft
 from lora_jax.data import chat
-from lora_jax.interop import hf
 from lora_jax.models import decoder
-from train import launch, loop, methods
+from train import launch, loop, methods, trained
 
 MODEL = flags.DEFINE_string("model", "", 'a model; empty: the one the adapter was trained on, or "smollm2"')
 ADAPTER = flags.DEFINE_string("adapter", "", "folder of a run, such as runs/quickstart; empty: the base alone")
@@ -36,7 +35,7 @@ def main(_: list[str]) -> None:
     run |= {"model": MODEL.value or run["model"]}
     dtype = jnp.dtype(run["dtype"] or loop.base_dtype())
     model = methods.load(ConfigDict(run), dtype)
-    tree = trained(folder, run, model) if ADAPTER.value else model.params
+    tree = trained.from_run(folder, run, model) if ADAPTER.value else model.params
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     key, messages = jax.random.key(SEED.value), []
     while question := _line():
@@ -49,17 +48,6 @@ def main(_: list[str]) -> None:
         print(flush=True)
         # A model without a template continues a text; it holds no conversation.
         messages = [*messages, {"role": "assistant", "content": said}] if format.template else []
-
-
-def trained(folder: Path, run: dict[str, Any], model: hf.Checkpoint) -> Any:
-    """What the model of a run runs with: the base with its adapters, or all parameters where these were trained."""
-    config, key = ConfigDict(run), jax.random.key(run["seed"])
-    if config.method == "loftq":
-        base, like = methods.start(key, config, model)
-    else:
-        base, like = model.params, jax.eval_shape(lambda key: methods.start(key, config, model)[1], key)
-    found = checkpoint.load(folder / "checkpoints", like, checkpoint.fingerprint(base))
-    return methods.runner(config, model)(found, base)
 
 
 def answer(

@@ -97,10 +97,9 @@ class Run:
         return methods.start(jax.random.key(self.config.seed), self.config, self.model, nll, batch)
 
     def optimizer(self, trainable: Tree, rate: Any) -> optax.GradientTransformation:
-        """The method's, at a learning rate that falls linearly."""
-        schedule = settings.SCHEDULES[self.config.optim.schedule](1.0, self.config.steps)
-        inner = methods.optimizer(self.config, trainable, lambda step: rate * schedule(step))
-        return optax.chain(optax.clip_by_global_norm(self.config.optim.clip), inner)
+        """The method's, at a learning rate that follows the config's schedule."""
+        schedule = settings.schedule(self.config, 1.0)
+        return methods.optimizer(self.config, trainable, lambda step: rate * schedule(step))
 
     def _step(self) -> Callable:
         # The learning rate is an argument: all runs of a method are one compiled program.

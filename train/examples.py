@@ -11,6 +11,13 @@ from lora_jax.data import chat, checks, packing, sources, stream
 from train.config import Config
 
 
+class Heldout(NamedTuple):
+    """Something more to evaluate on; the fields are `Data`'s."""
+
+    heldout_rows: list[packing.Row]
+    asked: list[sources.Example]
+
+
 class Data(NamedTuple):
     """What a run trains on and evaluates on.
 
@@ -20,10 +27,11 @@ class Data(NamedTuple):
       rows: what these are made of; some of it, if it is streamed.
       learned: the most targets with a weight in a row of any batch.
       tokens: examples to train on, some of them if they are streamed.
-      heldout_rows: to evaluate on, one example in each.
+      heldout_rows: to evaluate on.
       asked: the held-out examples whose questions are to be answered.
       length: places in a row.
       digest: of the rows' content, order and size in a batch: a run goes on only with the same.
+      sets: what else to evaluate on, by name.
     """
 
     batches: Callable[[int, int], Any]
@@ -34,6 +42,7 @@ class Data(NamedTuple):
     asked: list[sources.Example]
     length: int
     digest: str
+    sets: Mapping[str, Heldout]
 
 
 def prepare(config: Config, format: chat.Format, context: int) -> Data:
@@ -74,7 +83,9 @@ def _in_memory(config: Config, format: chat.Format, context: int) -> Data:
         held = sources.load(settings.heldout_source, columns(config))[: settings.heldout]
     else:
         held = sources.split([e for part in parts.values() for e in part], settings.heldout, config.seed)[1]
-    parts = {source: sources.without(part, held) for source, part in parts.items()}
+    more = _more(config)
+    apart = held + [example for part in more.values() for example in part]
+    parts = {source: sources.without(part, apart) for source, part in parts.items()}
     tokens = {source: packing.tokenize(format, part) for source, part in parts.items()}
     longest = max(map(packing.longest, tokens.values()))
     length = settings.length or min(longest, context)
@@ -104,16 +115,19 @@ def _in_memory(config: Config, format: chat.Format, context: int) -> Data:
     digest = hashlib.sha256(f"{config.seed} {config.batch_size} {length} {settings.pack}{mixture}".encode())
     for example in kept:
         digest.update(example.ids.tobytes() + example.learn.tobytes())
-    heldout_rows = packing.rows(held_kept, length)
+    heldout_rows = packing.rows(held_kept, length, settings.pack)
+    sets = _sets(config, format, more, length, context)
+    evaluated = [row for part in sets.values() for row in part.heldout_rows]
     return Data(
         lambda batch_size, seed: packing.mix(rows, length, _share(batch_size), seed, _shard()),
         all_rows,
-        packing.most_learned(all_rows + heldout_rows),
+        packing.most_learned(all_rows + heldout_rows + evaluated),
         kept,
         heldout_rows,
         _asked(config, format, held, held_kept, context),
         length,
         digest.hexdigest()[:16],
+        sets,
     )
 
 
@@ -124,11 +138,13 @@ def _streamed(config: Config, format: chat.Format, context: int) -> Data:
         what = "takes one source, without config.data.mixture" if settings.mixture else "needs config.data.length"
         raise ValueError(f"config.data.stream {what}: what is not read yet has no longest example and no rows to mix")
     examples = sources.Examples(sources.records(settings.source), columns(config))
+    more = _more(config)
+    apart = [example for part in more.values() for example in part]
     if settings.heldout_source:
         held = sources.load(settings.heldout_source, columns(config))[: settings.heldout]
-        index = stream.index(examples, 0, config.seed, held)
+        index = stream.index(examples, 0, config.seed, held + apart)
     else:
-        index = stream.index(examples, settings.heldout, config.seed)
+        index = stream.index(examples, settings.heldout, config.seed, apart)
         held = [examples[int(i)] for i in index.heldout]
     held_kept, _ = fit(held, packing.tokenize(format, held), length, settings.truncate)
     streamed = stream.Stream(examples, index.training, format, length, settings.truncate)
@@ -152,11 +168,32 @@ def _streamed(config: Config, format: chat.Format, context: int) -> Data:
         packing.rows(tokens, length),
         length,
         tokens,
-        packing.rows(held_kept, length),
+        packing.rows(held_kept, length, settings.pack),
         _asked(config, format, held, held_kept, context),
         length,
         hashlib.sha256(f"{order} {index.digest}".encode()).hexdigest()[:16],
+        _sets(config, format, more, length, context),
     )
+
+
+def _more(config: Config) -> dict[str, list[sources.Example]]:
+    """The examples of every further source to evaluate on."""
+    return {name: sources.load(source, columns(config))[: config.data.heldout] for name, source in config.eval.sets}
+
+
+def _sets(
+    config: Config, format: chat.Format, more: Mapping[str, list[sources.Example]], length: int, context: int
+) -> dict[str, Heldout]:
+    sets = {}
+    for name, examples in more.items():
+        kept, long = fit(examples, packing.tokenize(format, examples), length, config.data.truncate)
+        if not kept:
+            raise ValueError(f"config.eval.sets: every example of {name!r} is longer than {length} tokens")
+        print(f"{name}: {len(kept):,} examples to evaluate on" + (f", {len(long):,} are too long" if long else ""))
+        sets[name] = Heldout(
+            packing.rows(kept, length, config.data.pack), _asked(config, format, examples, kept, context)
+        )
+    return sets
 
 
 def fit(

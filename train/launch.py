@@ -1,28 +1,34 @@
 """Starts a script: its config from the command line, and its mistakes in one line."""
 
+import functools
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from lora_jax.tree import nearest
+from train import help
 from train.config import Config
 
 # What a user can cause. Anything else is a fault of the program, and shows where it happened.
 MISTAKES = (ValueError, OSError, ArithmeticError)
 
 
-def run(main: Callable[[Any], None]) -> None:
+def run(main: Callable[[Any], None], defaults: Callable[[], Config] | None = None) -> None:
     """Runs `main(argv)` as a script: a mistake is printed as one line, and the exit status is 1.
 
     With `--verbosity=1` the line is followed by the place in the code.
+
+    Args:
+      main: of the script.
+      defaults: makes the script's settings, for `--help`.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -32,7 +38,7 @@ def run(main: Callable[[Any], None]) -> None:
         main(argv)
 
     try:
-        app.run(guarded, flags_parser=_parse)
+        app.run(guarded, flags_parser=functools.partial(_parse, defaults))
     except MISTAKES as error:
         fail(error)
     except KeyboardInterrupt:
@@ -64,13 +70,16 @@ def settings(flag: flags.FlagHolder) -> tuple[Config, str]:
     return flag.value, Path(file.partition(":")[0]).stem
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(defaults: Callable[[], Config] | None, argv: list[str]) -> list[str]:
     file = next((match[1] for a in argv if (match := re.fullmatch(r"--?config=([^:]*).*", a))), None)
-    if "config" in flags.FLAGS and not any(argument.startswith("--help") for argument in argv):
-        if file is None:
-            fail(ValueError("no config; give one, such as --config=configs/quickstart.py"))
-        if not Path(file).is_file():
-            fail(FileNotFoundError(f"{file}: no such config file"))
+    asked = any(re.match("--?help", argument) for argument in argv)
+    if "config" in flags.FLAGS and file is None and not asked:
+        fail(ValueError("no config; give one, such as --config=configs/quickstart.py"))
+    if file is not None and not Path(file).is_file():
+        fail(FileNotFoundError(f"{file}: no such config file"))
+    if asked and defaults:
+        print(help.text(sys.modules["__main__"].__doc__ or "", defaults, _alone(file) if file else defaults()))
+        sys.exit()
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -81,13 +90,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _unknown_key(argv: list[str], file: str | None) -> str | None:
     """Names the first setting on the command line that the config file does not have."""
-    alone = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=[])
     try:
-        alone(["", f"--config={file}"])
+        known = [name for name, _ in help.keys(_alone(file))]
     except (AttributeError, KeyError):  # the mistake is in the file
         return None
-    known = list(_keys(config.value))
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and match[1] not in known:
@@ -95,9 +101,9 @@ def _unknown_key(argv: list[str], file: str | None) -> str | None:
     return None
 
 
-def _keys(config: Config, before: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{before}{name}.")
-        else:
-            yield before + name
+def _alone(file: str | None) -> Config:
+    """The config of a file, without what the command line says."""
+    alone = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=[])
+    alone(["", f"--config={file}"])
+    return config.value

@@ -6,49 +6,51 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
 
 import lora_jax
+from train import trackers
 
 METRICS, SAMPLES, CONFIG, VERSIONS = "metrics.jsonl", "samples.jsonl", "config.json", "versions.json"
+TRAINED = "trained.txt"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Record:
-    """The files of a run: `metrics.jsonl`, `samples.jsonl` and TensorBoard events.
+    """The record of a run: `metrics.jsonl`, `samples.jsonl`, and what trackers show.
 
     Args:
       folder: of the run; it exists.
       step: where the run goes on: what was recorded after it is removed, for it will happen again.
+      shown: told of all metrics.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.folder = folder
+    def __init__(self, folder: Path, step: int, shown: Sequence[trackers.Tracker] = ()):
+        self.folder, self._shown = folder, shown
         for name in (METRICS, SAMPLES):
             lines = [json.dumps(line) + "\n" for line in read(folder / name) if line["step"] <= step]
             write(folder / name, "".join(lines))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def metrics(self, step: int, **values: float) -> None:
         """Adds a line of numbers."""
         self._append(METRICS, {"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for tracker in self._shown:
+            tracker.log(step, values)
 
     def sample(self, step: int, **values: str) -> None:
         """Adds an answer."""
         self._append(SAMPLES, {"step": step, **values})
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds back."""
-        self._board.close()
+        """Sends what the trackers still hold back."""
+        for tracker in self._shown:
+            tracker.close()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with _writing(self.folder / name), (self.folder / name).open("a") as file:
@@ -70,8 +72,14 @@ def write(path: Path, text: str) -> None:
         part.replace(path)
 
 
-def begin(folder: Path, config: dict[str, Any]) -> None:
-    """Writes what will run: the resolved config, and the versions. Says what has changed since the last start."""
+def begin(folder: Path, config: dict[str, Any], trained: str = "") -> None:
+    """Writes what will run. Says what has changed since the last start.
+
+    Args:
+      folder: of the run; made if it is not there.
+      config: resolved.
+      trained: what is trained, in words.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).is_file():
         before, now = dict(_flat(json.loads((folder / CONFIG).read_text()))), dict(_flat(config))
@@ -83,6 +91,7 @@ def begin(folder: Path, config: dict[str, Any]) -> None:
     versions |= {"started": started(folder).isoformat()}
     write(folder / VERSIONS, json.dumps(versions, indent=1) + "\n")
     write(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    write(folder / TRAINED, trained)
 
 
 def base_dtype() -> str:
@@ -120,7 +129,8 @@ class Progress:
 
     def __init__(self, steps: int, step: int):
         self.steps, self.first = steps, step
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.tokens = 0.0, 0.0
+        self._waited = 0.0
         console = rich.console.Console()
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
@@ -144,20 +154,38 @@ class Progress:
         """What happened since the last step (an evaluation, a checkpoint) is not training time."""
         self._clock = time.perf_counter()
 
-    def update(self, step: int, loss: float, tokens: int) -> float:
-        """Shows a step that has just ended; returns its tokens per second."""
+    def fetch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; how long it takes is noted."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        self._waited = time.perf_counter() - begun
+        return batch
+
+    def update(self, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        """Shows a step that has just ended.
+
+        Args:
+          step: its number, from 1.
+          numbers: `tokens` it went through, and perhaps its `loss`.
+
+        Returns:
+          `tokens_per_second`, and `input_share`: how much of its time went by until the next batch was there, while the
+          device computed; an upper bound of how long it stood still for it.
+        """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        share = min(self._waited / seconds, 1.0)
         if step > self.first + 1:  # the first one compiles
-            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
-        speed = self.tokens / self.seconds if self.seconds else tokens / seconds
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + numbers["tokens"]
+        speed = self.tokens / self.seconds if self.seconds else numbers["tokens"] / seconds
         left = (self.steps - step) * (self.seconds / max(step - self.first - 1, 1) or seconds)
-        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {datetime.timedelta(seconds=round(left))} left"
+        loss = f"loss {numbers['loss']:.4f}  " if "loss" in numbers else ""
+        text = f"{loss}{speed:,.0f} tokens/s  {datetime.timedelta(seconds=round(left))} left"
         self._bar.update(self._task, completed=step, description=text)
         every = max(self.steps // 20, 1)
         if not self._bar.console.is_terminal and (step % every == 0 or step == self.first + 1):
             print(f"step {step}/{self.steps}  {text}", flush=True)
-        return tokens / seconds
+        return {"tokens_per_second": numbers["tokens"] / seconds, "input_share": share}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The methods of fine-tuning by name: what each trains, with which settings of its own, and how it runs the model."""
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -163,7 +165,7 @@ def applied(f: Callable) -> Callable:
 
 
 def optimizer(config: Config, trainable: Tree, rate: Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Adam, or what a method makes of it; without state for what a method keeps frozen.
+    """Adam after clipping, or what a method makes of it; without state for what a method keeps frozen.
 
     Args:
       config: of the run.
@@ -173,12 +175,27 @@ def optimizer(config: Config, trainable: Tree, rate: Callable[[Any], Any]) -> op
     Returns:
       An optax transformation.
     """
+    settings = config.optim
+    adam = functools.partial(
+        optax.adamw, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=_decayed
+    )
+    clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
+    return optax.chain(clip, _own(config, trainable, adam, rate))
+
+
+def _own(config: Config, trainable: Tree, adam: Callable, rate: Callable[[Any], Any]) -> optax.GradientTransformation:
     if config.method == "full" or config.method in SOFT:
-        return optax.adam(rate)
+        return adam(rate)
     if config.method == "lora+":
-        return lora.lora_plus(optax.adam, rate, trainable)
+        return lora.lora_plus(adam, rate, trainable)
     if config.method == "adalora":
         rank = max(1, 2 * (config.lora.rank or METHODS["adalora"].rank) // 3)
         begin = config.steps // 10
-        return adalora(optax.adam(rate), rank, begin, max(begin + 1, 7 * config.steps // 10))
-    return lora.optimizer(optax.adam(rate), lora.trainable_mask(trainable))
+        return adalora(adam(rate), rank, begin, max(begin + 1, 7 * config.steps // 10))
+    return lora.optimizer(adam(rate), lora.trainable_mask(trainable))
+
+
+def _decayed(tree: Tree) -> Tree:
+    """Marks what weight decay is for: factors and matrices, but not norms, biases, magnitudes and gains."""
+    spared = re.compile(r"(scale|bias)\W*(\.value)?$|\.[mdel]$")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not spared.search(jax.tree_util.keystr(path)), tree)

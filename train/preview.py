@@ -131,4 +131,4 @@ def histogram(tokens: Sequence[int], learned: Sequence[int], length: int, path: 
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, settings.sft)

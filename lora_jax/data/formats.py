@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.data.files import Record
-from lora_jax.data.kinds import Example, Feedback, Message, Pair, Task
+from lora_jax.data.kinds import Choice, Example, Feedback, Message, Pair, Task
 
 COLUMNS = (
     *("messages", "tools", "conversations", "system", "prompt", "completion"),
-    *("instruction", "input", "output", "text", "chosen", "rejected", "label", "answer", "id"),
+    *("instruction", "input", "output", "text", "chosen", "rejected", "label", "choices", "answer", "id"),
 )
 SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -25,7 +25,7 @@ def read(record: Record, kind: type = Example, names: Mapping[str, str] | None =
 
     Args:
       record: from a source.
-      kind: `Example`, `Pair`, `Feedback` or `Task`.
+      kind: `Example`, `Pair`, `Feedback`, `Task` or `Choice`.
       names: the source's own names for `COLUMNS`, where they are others; a column named "" is not looked at.
 
     Returns:
@@ -186,6 +186,21 @@ def _task(row: Row) -> Task:
     return Task(row.record.name, row.turns("prompt", "user"), str(answer), row.record.values)
 
 
+def _choice(row: Row) -> Choice:
+    found, answer = row.get("choices"), row.get("answer")
+    found = found if isinstance(found, dict) else {"text": found}  # or with the labels that the answer may be one of
+    texts = found.get("text")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise row.error(f"{row.own('choices')!r} must be a list of at least two texts, not {_kind(row.get('choices'))}")
+    labels = found.get("label") or [chr(ord("A") + i) for i in range(len(texts))]
+    for known in (range(len(texts)), labels, texts):
+        if not isinstance(answer, bool) and answer in known:
+            return Choice(row.record.name, row.turns("prompt", "user"), texts, list(known).index(answer))
+    raise row.error(
+        f"{row.own('answer')!r} is {answer!r}, which is none of the choices, nor the number of one from 0 on"
+    )
+
+
 FORMATS: dict[type, list[tuple[tuple[str, ...], Callable[[Row], Any]]]] = {
     Example: [
         (("messages",), _chat),
@@ -197,6 +212,7 @@ FORMATS: dict[type, list[tuple[tuple[str, ...], Callable[[Row], Any]]]] = {
     ],
     Pair: [(("chosen", "rejected"), _pair)],
     Feedback: [(("prompt", "completion", "label"), _feedback), (("messages", "label"), _feedback)],
+    Choice: [(("prompt", "choices", "answer"), _choice)],
     Task: [(("prompt", "answer"), _task)],
 }
 # What to ask for where nothing is recognised.
@@ -204,6 +220,7 @@ PLAINEST = {
     Example: ("prompt", "completion"),
     Pair: ("prompt", "chosen", "rejected"),
     Feedback: ("prompt", "completion", "label"),
+    Choice: ("prompt", "choices", "answer"),
     Task: ("prompt", "answer"),
 }
 

@@ -1,4 +1,4 @@
-"""What trainers take: chats and texts, preferences, judged answers, tasks with an answer that can be checked.
+"""What scripts take: chats and texts, preferences, judged answers, tasks with an answer that can be checked, choices.
 
 Each knows which exercises are in it, so that none of these is both trained on and held out.
 """
@@ -113,7 +113,27 @@ class Task(NamedTuple):
         return {self.question}
 
 
-Kind = Example | Pair | Feedback | Task
+class Choice(NamedTuple):
+    """A prompt, several answers, and which of them is right."""
+
+    name: str
+    messages: list[Message]
+    choices: Sequence[str]
+    right: int
+    format: str = "multiple choices"
+
+    @property
+    def question(self) -> str:
+        """The prompt."""
+        return _exercise(self.messages)
+
+    @property
+    def questions(self) -> set[str]:
+        """The one exercise that is in it."""
+        return {self.question}
+
+
+Kind = Example | Pair | Feedback | Task | Choice
 
 
 def _exercise(messages: Sequence[Message]) -> str:

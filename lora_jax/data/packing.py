@@ -8,7 +8,7 @@ Shapes: B rows, T inputs in a row.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -204,20 +204,22 @@ def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int, shard:
 
 
 def mix(
-    parts: Sequence[tuple[Sequence[Row], float]],
+    parts: Sequence[tuple[Sequence[Any], float]],
     length: int,
     batch_size: int,
     seed: int,
     shard: tuple[int, int] = (0, 1),
+    write: Callable[[Sequence[Any], int], Any] = batch,
 ) -> Any:
     """Endless batches of several sources' rows, each shuffled anew in every pass over it.
 
     Args:
-      parts: rows, and how often one of them comes, relative to those of the others.
+      parts: rows, or whatever else `write` takes, and how often one of them comes, relative to those of the others.
       length: T.
       batch_size: B.
       seed: of the order.
       shard: as for `iterate`.
+      write: `batch`, or a function that stands for it.
 
     Returns:
       As `iterate`.
@@ -228,5 +230,5 @@ def mix(
         dataset = grain.MapDataset.mix(datasets, [weight for _, weight in parts])
     if shard != (0, 1):
         dataset = dataset[shard[0] :: shard[1]]
-    dataset = dataset.batch(batch_size, batch_fn=lambda chosen: batch(chosen, length))
+    dataset = dataset.batch(batch_size, batch_fn=lambda chosen: write(chosen, length))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

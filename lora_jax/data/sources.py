@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_jax.data import files, formats
+from lora_jax.data import files, formats, gsm8k
 from lora_jax.data.files import Record
 from lora_jax.data.kinds import Example, Kind
 from lora_jax.tree import nearest
@@ -29,7 +29,7 @@ def load(
     Args:
       source: as for `records`.
       columns: the source's own names for `formats.COLUMNS`, where they are others.
-      kind: what is wanted: `Example`, `Pair`, `Feedback` or `Task`.
+      kind: what is wanted: `Example`, `Pair`, `Feedback`, `Task` or `Choice`.
       log: told what is left out.
 
     Returns:
@@ -51,8 +51,8 @@ def records(source: str) -> Sequence[Record]:
     Args:
       source: the path of a file or a folder as `files.read` takes it; `tfds:NAME?split=train&data_dir=...`, a data
         set of tensorflow-datasets, with arguments of `tfds.data_source`; `hf:NAME?split=train&name=...`, one of
-        Hugging Face's, with arguments of `datasets.load_dataset`; or `reasoning_gym:TASK?key=value&key=value`, with
-        the task's own parameters and `size` and `seed`.
+        Hugging Face's, with arguments of `datasets.load_dataset`; `reasoning_gym:TASK?key=value&key=value`, with the
+        task's own parameters and `size` and `seed`; or `gsm8k_solutions:FILE`, as `gsm8k.solutions` takes it.
 
     Returns:
       The records.
@@ -207,7 +207,7 @@ def _reasoning_gym(source: str, task: str, parameters: dict[str, Any]) -> Sequen
     ]
 
 
-GENERATED = {"tfds": _tfds, "hf": _hf, "reasoning_gym": _reasoning_gym}
+GENERATED = {"tfds": _tfds, "hf": _hf, "reasoning_gym": _reasoning_gym, "gsm8k_solutions": gsm8k.solutions}
 
 
 class Rows(files.Records):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from lora_jax.interop import gguf_config, stacked
+from lora_jax.interop import gguf_check, gguf_config, guard, stacked
 from lora_jax.interop.gguf_config import ARCHITECTURES
 from lora_jax.models import keys
 from lora_jax.models.config import DecoderConfig
@@ -32,13 +32,16 @@ class File:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give the path of a .gguf file")
+        gguf_check.check(self.path)
         try:
             reader = gguf.GGUFReader(self.path)
         except Exception as error:  # the reader has no exception of its own for a bad file
             raise ValueError(
                 f"{path}: not a whole GGUF file ({type(error).__name__}: {error}); download it again"
             ) from None
-        self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        with guard.told(self.path):
+            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+            guard.numbers(self.metadata, self.path)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -71,7 +74,8 @@ def decoder_config(file: File) -> DecoderConfig:
     """
     names = {name: f"rope_{name}.weight" for name in ("freqs", "factors_short", "factors_long")}
     factors = {name: file.tensor(tensor).tolist() for name, tensor in names.items() if tensor in file}
-    return gguf_config.read(file.metadata, file, factors, str(file.path))
+    with guard.told(file.path):
+        return gguf_config.read(file.metadata, file, factors, str(file.path))
 
 
 def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -89,6 +93,7 @@ def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[D
       ValueError: an unsupported model, a tensor that is missing or has the wrong shape.
     """
     config = decoder_config(file)
+    guard.held(config, file.path.stat().st_size, file.path)
     arch = file.metadata["general.architecture"]
     architecture = next(enum for enum, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(architecture, config.layers)
@@ -126,7 +131,7 @@ def tokenizer(file: File) -> tokenizers.Tokenizer:
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"{file.path}: tokenizer model {model!r}, pre {pre!r} is not supported (gpt2 with "
-            f"{' or '.join(PRE_TOKENIZERS)} is); use a folder with tokenizer.json instead"
+            f"{' or '.join(PRE_TOKENIZERS)} is); put the model's tokenizer.json into the folder of the file"
         )
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]

@@ -101,7 +101,8 @@ def read(
     heads, dim = fields["num_attention_heads"], fields["hidden_size"]
     head_dim = fields.setdefault("head_dim", dim // heads)
     wide = fields["num_hidden_layers"] == arch.wide
-    fields |= arch.unsaid | {
+    fields |= {
+        **arch.unsaid,
         "model_type": arch.mixture or arch.model_type if "num_local_experts" in fields else arch.model_type,
         "vocab_size": vocab,
         "tie_word_embeddings": "output.weight" not in tensors,

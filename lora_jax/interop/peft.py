@@ -6,4 +6,5 @@ peft.save("my-adapter", adapters, model.config, model.params, Card(base="Hugging
 
 from lora_jax.interop.card import Card as Card
 from lora_jax.interop.peft_load import load as load
+from lora_jax.interop.peft_load import load_many as load_many
 from lora_jax.interop.peft_save import save as save

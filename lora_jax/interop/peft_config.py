@@ -24,7 +24,7 @@ _SOFT = (
 UNDERSTOOD = {
     "LORA": (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"),
-        *(*_TARGETS, *_PATTERNS, "trainable_token_indices"),
+        *(*_TARGETS, *_PATTERNS, "trainable_token_indices", "target_parameters"),
     ),
     "VERA": ("r", "vera_dropout", "save_projection", "bias", *_TARGETS),
     "IA3": ("feedforward_modules", *_TARGETS),
@@ -43,7 +43,7 @@ HARMLESS = (
 REFUSED = (
     *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config"),
     *("layer_replication", "lora_bias", "megatron_config", "monteclora_config", "prefix_projection"),
-    *("target_parameters", "use_bdlora", "use_qalora", "velora_config"),
+    *("use_bdlora", "use_qalora", "velora_config"),
 )
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -129,6 +129,11 @@ class Settings:
         if not isinstance(targets, str):
             self._warn("target_modules", [t for t in targets if not any(self._means([t], n) for n in names)], names)
         return found
+
+    def parameters(self) -> list[str]:
+        """The entries of `target_parameters`: arrays of experts."""
+        entries = self._names("target_parameters") if "target_parameters" in UNDERSTOOD[self.kind] else []
+        return [entries] if isinstance(entries, str) else entries
 
     def ending(self, field: str, names: Sequence[str]) -> list[str]:
         """Which of the modules end in an entry of a field, as PEFT finds those that are saved whole or fed forward."""

@@ -1,6 +1,7 @@
 """Where PEFT keeps an adapter's arrays: tensors for each module and layer, the heads of a weight flattened.
 
-All names and axes come from the model's key table; the layers that are stacked here are tensors of their own there.
+All names and axes come from the model's key table; the layers and experts that are stacked here are tensors of
+their own there.
 """
 
 import math
@@ -19,10 +20,15 @@ PREFIX = "base_model.model."
 
 
 class Module(NamedTuple):
-    """One layer of a parameter: what PEFT adapts by the name of a module."""
+    """One tensor of a parameter: what PEFT adapts by the name of a module.
+
+    Attributes:
+      key: the parameter's.
+      place: which of its tensors it is, counted layer by layer, and expert by expert within a layer.
+    """
 
     key: keys.Key
-    layer: int
+    place: int
 
     @property
     def matrix(self) -> bool:
@@ -50,17 +56,21 @@ IA3 = {"out": (Part("l", "ia3_l", "out", "n1"),), "in": (Part("l", "ia3_l", "inp
 
 
 def modules(config: DecoderConfig) -> dict[str, Module]:
-    """The modules of a model by their Hugging Face names, in the order of its layers."""
+    """The modules of a model by their Hugging Face names, in the order of its layers.
+
+    Tensors that hold several parameters one after another are not among them: PEFT has one adapter for all of these.
+    """
     return {
-        key.hf.format(layer).removesuffix(".weight"): Module(key, layer)
+        key.hf.format(*place).removesuffix(".weight"): Module(key, i)
         for key in keys.table(config)
-        for layer in range(layers(key, config))
+        if "|" not in key.file_axes
+        for i, place in enumerate(keys.places(key, config))
     }
 
 
-def layers(key: keys.Key, config: DecoderConfig) -> int:
+def count(key: keys.Key, config: DecoderConfig) -> int:
     """How many modules a parameter is in files."""
-    return config.layers if "{}" in key.hf else 1
+    return math.prod(keys.stack(key, config))
 
 
 def embedding(key: keys.Key) -> bool:
@@ -72,14 +82,14 @@ def axes(key: keys.Key) -> Axes:
     """The use of a parameter's axes, as tracing the decoder finds it, from the table."""
     first, second = (axis.split(".") for axis in key.file_axes.split())
     inp, out = (first, second) if embedding(key) else (second, first)
-    letters, stacked = key.axes.split(), "{}" in key.hf
+    letters, stacked = key.axes.split(), key.hf.count("{}")
     sides = (tuple(letters.index(letter) + stacked for letter in side) for side in (inp, out))
-    return Axes((0,) if stacked else (), *sides)
+    return Axes(tuple(range(stacked)), *sides)
 
 
 def sizes(key: keys.Key, config: DecoderConfig, side: str) -> list[int]:
-    """The sizes of the axes on one side of one layer of a weight; of no side, none."""
-    shape, stacked = keys.shape(key, config), "{}" in key.hf
+    """The sizes of the axes on one side of one tensor of a weight; of no side, none."""
+    shape, stacked = keys.shape(key, config), key.hf.count("{}")
     return [shape[axis - stacked] for axis in getattr(axes(key), side)] if side else []
 
 
@@ -93,21 +103,20 @@ def to_file(x: Any, part: Part, own: Sequence[int], key: keys.Key, config: Decod
     """An array of an adapter as its tensors in files.
 
     Args:
-      x: [L, *axes, R], or without L or R.
+      x: [*stack, *axes, R], or without R.
       part: which array it is.
       own: the weight's axes that it has, in its order.
       key: the weight.
       config: the decoder's shape.
 
     Returns:
-      [L, *shape(part, ...)], L = 1 for a weight that is in no layer.
+      [S, *shape(part, ...)], with S tensors.
     """
     x, want = np.asarray(x, np.float32), getattr(axes(key), part.side) if part.side else ()
-    first = int("{}" in key.hf)
+    first = key.hf.count("{}")
     order = [*range(first), *(first + list(own).index(axis) for axis in want)]
     x = x.transpose([*order, *range(len(order), x.ndim)])
-    x = x.reshape(*x.shape[:first], *_flat(part, x.shape[first + len(want) :]))
-    x = x if first else x[None]
+    x = x.reshape(math.prod(x.shape[:first]), *_flat(part, x.shape[first + len(want) :]))
     return np.ascontiguousarray(x.swapaxes(-1, -2) if part.axes == "Rn" else x)
 
 
@@ -120,8 +129,7 @@ def from_file(x: np.ndarray, part: Part, key: keys.Key, config: DecoderConfig) -
     """The inverse of `to_file`, its axes those of `axes(key)`."""
     x = x.swapaxes(-1, -2) if part.axes == "Rn" else x
     rank = [x.shape[-1]] if "R" in part.axes else []
-    x = x.reshape(len(x), *sizes(key, config, part.side), *rank)
-    return jnp.array(x if "{}" in key.hf else x[0], jnp.float32)
+    return jnp.asarray(x.reshape(*keys.stack(key, config), *sizes(key, config, part.side), *rank))
 
 
 def rows(leaf: Any, which: Sequence[int]) -> np.ndarray:

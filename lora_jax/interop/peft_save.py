@@ -36,6 +36,7 @@ def save(
     config: DecoderConfig,
     params: Any,
     card: Card | None = None,
+    uniform: bool = False,
 ) -> None:
     """Writes adapters as PEFT does, with the fingerprint of their base and a model card.
 
@@ -49,6 +50,7 @@ def save(
       config: of the decoder that they are for.
       params: the decoder's.
       card: what is known of them.
+      uniform: write every layer at its full rank, those of zeros too: files without patterns, as servers ask for.
 
     Raises:
       ValueError: the adapters are not the decoder's, are not finite, or PEFT has nothing that computes the same.
@@ -57,7 +59,7 @@ def save(
     if isinstance(adapters, Prompt | Prefix):
         tensors, settings = peft_soft.write(adapters, config)
     else:
-        writer = _Writer(adapters, config, leaves_by_path(params))
+        writer = _Writer(adapters, config, leaves_by_path(params), uniform)
         tensors, settings = writer.tensors, writer.settings()
     for name, x in tensors.items():
         if not np.isfinite(x).all():
@@ -74,8 +76,8 @@ def save(
 class _Writer:
     """Collects the tensors of adapters, and what the config has to say of them."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], config: DecoderConfig, base: Mapping[str, Any]):
-        self.config, self.base, self.adapters = config, base, adapters
+    def __init__(self, adapters: Mapping[str, Adapter], config: DecoderConfig, base: Mapping[str, Any], uniform: bool):
+        self.config, self.base, self.adapters, self.uniform = config, base, adapters, uniform
         self.table = {key.path: key for key in keys.table(config)}
         self.modules = layout.modules(config)
         self.tensors: dict[str, np.ndarray] = {}
@@ -83,6 +85,7 @@ class _Writer:
         self.dropouts: set[float] = set()
         self.whole: list[str] = []  # modules
         self.forward: list[str] = []  # modules whose input IA³ rescales
+        self.biases: dict[str, np.ndarray] = {}  # that are trained
         self.rows: dict[str, list[int]] = {}
         own = {path: adapter for path, adapter in adapters.items() if path != PROJECTIONS}
         if unknown := [path for path in own if path not in self.table]:
@@ -109,6 +112,7 @@ class _Writer:
             self._add(self.table[path], path, adapter)
         if self.kind == "VERA":
             self._projections()
+        self.bias = self._biases() if self.biases else "none"
 
     def settings(self) -> dict[str, Any]:
         """The config."""
@@ -129,12 +133,12 @@ class _Writer:
             collections.Counter(r for r, _ in self.adapted.values()).most_common(1)[0][0],
         )
         if self.kind == "VERA":
-            return {**shared, "r": rank, "vera_dropout": dropout, "save_projection": True, "bias": "none"}
+            return {**shared, "r": rank, "vera_dropout": dropout, "save_projection": True, "bias": self.bias}
         alphas = {name: _alpha(scale, r) for name, (r, scale) in self.adapted.items()}
         alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
         return {
             **shared,
-            **{"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none"},
+            **{"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": self.bias},
             **{"use_rslora": False, "use_dora": self.dora, "fan_in_fan_out": False, "init_lora_weights": True},
             "rank_pattern": self._patterns({name: r for name, (r, _) in self.adapted.items() if r != rank}),
             "alpha_pattern": self._patterns({name: value for name, value in alphas.items() if value != alpha}),
@@ -147,11 +151,14 @@ class _Writer:
                 f"{path!r} is this model's head too, which PEFT would leave as it was: merge the adapter instead"
             )
         names = [name for name, module in self.modules.items() if module.key == key]
+        if not names:
+            raise ValueError(f"{path!r} is a part of {key.hf}, for whose parts PEFT has one adapter: merge it instead")
         if isinstance(adapter, Leaf):
             values = np.asarray(adapter.value)
             if not key.hf.endswith(".weight"):
-                raise ValueError(f"{path!r} is a bias: PEFT has no place for it; merge it instead")
-            for name, x in zip(names, values if "{}" in key.hf else values[None], strict=True):
+                self.biases[path] = values
+                return
+            for name, x in zip(names, values.reshape(-1, *keys.shape(key, self.config)), strict=True):
                 self.tensors[f"{PREFIX}{name}.weight"] = np.ascontiguousarray(keys.to_file(x, key, self.config))
             self.whole += names
         elif isinstance(adapter, Rows):
@@ -196,13 +203,31 @@ class _Writer:
             arrays[part] = layout.to_file(fields[part.field], part, own, key, self.config)
         scale, dropout = scale_dropout
         self.dropouts.add(dropout)
-        for layer, (name, rank) in enumerate(zip(names, _ranks(arrays), strict=True)):
+        for layer, (name, rank) in enumerate(zip(names, _ranks(arrays, self.uniform), strict=True)):
             if not rank:
                 continue
             self.adapted[name] = (rank, scale)
             for part, x in arrays.items():
                 cut = tuple(slice(rank if letter == "R" else None) for letter in part.axes)
                 self.tensors[f"{PREFIX}{name}.{part.suffix}"] = np.ascontiguousarray(x[layer][cut])
+
+    def _biases(self) -> str:
+        """Writes what is trained, and the base's own where PEFT's setting, which is returned, means more of them."""
+        if self.kind == "IA3":
+            raise ValueError(
+                f"{next(iter(self.biases))!r} is a bias, which PEFT's IA³ does not train; merge it instead"
+            )
+        every = {name: module for name, module in self.modules.items() if name.endswith(".bias")}
+        deeper = {f"{name}.bias": f"{name}.base_layer.bias" for name in self.adapted}
+        only = all(name in deeper for name, module in every.items() if module.key.path in self.biases)
+        for name, (key, place) in every.items():
+            if only and name not in deeper:
+                continue
+            values = self.biases.get(key.path, self.base[key.path])
+            x = np.asarray(values, np.float32).reshape(-1, *keys.shape(key, self.config))[place]
+            tensor = f"{PREFIX}{deeper.get(name, name)}"
+            self.tensors[tensor] = np.ascontiguousarray(keys.to_file(x, key, self.config))
+        return f"{self.kind.lower()}_only" if only else "all"
 
     def _projections(self) -> None:
         shared: Any = self.adapters.get(PROJECTIONS)
@@ -237,7 +262,7 @@ class _Writer:
         return found
 
 
-def _ranks(arrays: Mapping[Part, np.ndarray]) -> list[int]:
+def _ranks(arrays: Mapping[Part, np.ndarray], uniform: bool) -> list[int]:
     """What is needed of each layer's rank, 0 where its adapter does nothing; all of it unless some layer needs that."""
     ranks = [x.shape[1 + part.axes.index("R")] for part, x in arrays.items() if "R" in part.axes]
     rank, uses = max(ranks, default=1), []
@@ -249,7 +274,7 @@ def _ranks(arrays: Mapping[Part, np.ndarray]) -> list[int]:
         else:  # vectors beside the rank: all of it or nothing
             uses.append(rank * busy.reshape(len(x), -1).any(-1))
     needed = np.max(uses, 0)
-    return [int(n) for n in needed] if needed.max() == rank else [rank] * len(needed)
+    return [int(n) for n in needed] if needed.max() == rank and not uniform else [rank] * len(needed)
 
 
 def _alpha(scale: float, rank: int) -> float:

@@ -11,12 +11,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lora_jax.interop import stacked
+from lora_jax.interop import guard, stacked
 from lora_jax.models import config as configs
 from lora_jax.models import keys
 from lora_jax.quantize import Rules
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPPED = 2**25  # bytes read of open files before they are opened again
 
 
 def decoder_config(folder: Path) -> configs.DecoderConfig:
@@ -26,7 +27,11 @@ def decoder_config(folder: Path) -> configs.DecoderConfig:
       FileNotFoundError: there is no config.json.
       ValueError: it is corrupt, or the model is not supported.
     """
-    return configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    path = folder / "config.json"
+    settings = read_json(path)
+    with guard.told(path):
+        guard.numbers(settings, path)
+        return configs.from_hf(settings, str(path))
 
 
 def load(
@@ -49,6 +54,7 @@ def load(
     folder = Path(folder)
     config = decoder_config(folder)
     files = Files(folder)
+    guard.held(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), folder / "config.json")
 
     def read(key: keys.Key, place: stacked.Place) -> tuple[str, np.ndarray | None]:
         name = key.hf.format(*place)
@@ -93,12 +99,13 @@ class Files:
     """The tensors of a folder, by name, whichever file holds them; each is read when asked for."""
 
     def __init__(self, folder: Path):
-        self._open = functools.cache(_open)
+        self._open, self._read = functools.cache(_open), 0
         if (folder / INDEX).is_file():
             index = read_json(folder / INDEX)
             if not isinstance(index.get("weight_map"), dict):
                 raise ValueError(f"{folder / INDEX}: has no weight_map; download the file again")
-            self._files = {name: folder / file for name, file in index["weight_map"].items()}
+            names = index["weight_map"].items()
+            self._files = {name: guard.inside(folder, file, folder / INDEX) for name, file in names}
         else:
             self._files = dict.fromkeys(self._open(folder / WEIGHTS).keys(), folder / WEIGHTS)
 
@@ -111,10 +118,16 @@ class Files:
     def tensor(self, name: str) -> np.ndarray:
         """The named tensor."""
         path = self._files[name]
+        if self._read > MAPPED:
+            # The pages that were read of a file are in memory as long as it is mapped.
+            self._open.cache_clear()
+            self._read = 0
         try:
-            return self._open(path).get_tensor(name)
-        except SafetensorError as error:
+            x = self._open(path).get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError) as error:  # the latter two of dtypes that NumPy lacks
             raise ValueError(f"{path}: cannot read tensor {name} ({error}); download the file again") from None
+        self._read += x.nbytes
+        return x
 
 
 def read_json(path: Path) -> dict[str, Any]:

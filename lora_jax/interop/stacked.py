@@ -1,6 +1,7 @@
 """From one tensor per layer and expert, as files keep them, to parameters stacked over these, and back."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from lora_jax.quant import Quantised, quantize_leaf
 from lora_jax.quantize import Choice, Rules, choose
 from lora_jax.trace import trace
 
+ALIGNMENT = 64  # bytes, of XLA's buffers
 Place = tuple[int, ...]
 Read = Callable[[keys.Key, Place], tuple[str, np.ndarray | None]]
 
@@ -22,9 +24,10 @@ Read = Callable[[keys.Key, Place], tuple[str, np.ndarray | None]]
 def read(
     config: DecoderConfig, tensor: Read, dtype: jnp.dtype, source: Path, quantize: Rules | None = None
 ) -> dict[str, Any]:
-    """Fills the parameters one tensor at a time, so that one stacked parameter at most is held twice.
+    """Fills the parameters one tensor at a time: in memory are the model in its dtype, and one tensor of the file.
 
-    A parameter to quantise is quantised as its layers are read, so that one layer of it at most is held as floats.
+    Where the device is not the CPU, one parameter at a time, its layers stacked, is in the host's memory as well. One
+    to quantise is quantised as its layers are read, so that one layer of it at most is held as floats.
 
     Args:
       config: the decoder's shape.
@@ -124,10 +127,18 @@ def _weight(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path, pl
 
 def _filled(weight: Callable[[Place], np.ndarray], dtype: jnp.dtype, stack: Place, shape: Place) -> np.ndarray:
     """The tensors of all places, in one array."""
-    out = np.empty((*stack, *shape), dtype)
+    out = _aligned((*stack, *shape), np.dtype(dtype))
     for place in np.ndindex(*stack):
         out[place] = weight(place)
     return out
+
+
+def _aligned(shape: Place, dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes as it is, where it would copy another."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _quantised(
