@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import SHARED, Adapter, weights
+from lora_jax.adapters import SHARED, Adapter, check, weights
 from lora_jax.bottleneck import Bottleneck
 from lora_jax.grouping import written_out
 from lora_jax.interop import safetensors
@@ -64,7 +64,7 @@ def save(
             continue
         if isinstance(adapter, Bottleneck):
             raise ValueError(f"the adapter of {key.path!r} is not linear in the weight: it cannot be merged")
-        adapter.check(key.path, leaf.shape)
+        check(adapter, key.path, leaf.shape)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(adapter)):
             raise ValueError(f"the adapter of {key.path!r} has values that are not finite: it is not merged")
         part = functools.partial(_merged, key.path, leaf, adapter, shared, own, losses.setdefault(key.path, []))
