@@ -4,6 +4,8 @@ VENV ?= .venv
 # Which other implementations to compare with; PyTorch's CPU wheels are not on every index. ORACLES= leaves them out.
 ORACLES ?= ,oracles
 JOBS ?= 2
+# Which test files; empty for all.
+TESTS ?=
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 IN = $(VENV)/bin/python -m
@@ -14,10 +16,10 @@ quickstart: $(VENV)/.train  ## fine-tunes a 135M chat model on sums, in minutes 
 	$(IN) train.sft --config=configs/quickstart.py
 
 test: $(VENV)/.test  ## everything that takes seconds
-	$(IN) pytest -m "not slow" -n $(JOBS)
+	$(IN) pytest -m "not slow" -n $(JOBS) $(TESTS)
 
 test-slow: $(VENV)/.test $(VENV)/.compilers  ## the rest: real weights, crashes, compilers for TPU and H100
-	$(IN) pytest -m slow -n $(JOBS) --dist loadfile  # one process at a time may hold the TPU compiler
+	$(IN) pytest -m slow -n $(JOBS) --dist loadfile $(TESTS)  # one process at a time may hold the TPU compiler
 
 lint: $(VENV)/.test
 	$(IN) ruff check .

@@ -2,8 +2,9 @@
 
 Every run sees the same examples in the same order. A method's rates are those of the config's grid around its own
 default; where the best is at an edge of the grid, the grid grows, until it is not. Each finished run is a line of
-`runs.jsonl` in the run's folder; the same command goes on with those that are missing, and writes `methods.json` and
-`methods.md` there.
+`runs.jsonl` in the run's folder. How long a step takes is measured at the end, in turn with a step of LoRA's, so that
+whatever else the machine does meets both: a line of `speeds.jsonl` each. The same command goes on with what is missing,
+and writes `methods.json` and `methods.md` there.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax.data import chat, packing
@@ -27,10 +28,10 @@ from lora_jax.models import decoder
 from lora_jax.quantize import quantize
 from lora_jax.trace import table
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, objective
+from train import examples, heldout, launch, loop, methods, objective, sft
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/methods.py")
-RUNS = "runs.jsonl"
+RUNS, SPEEDS = "runs.jsonl", "speeds.jsonl"
+PAIRS = 7  # steps of each of two methods in turn
 WIDEST = 3  # how often a grid may grow on either side
 
 Tree = Any
@@ -38,7 +39,7 @@ Tree = Any
 
 def main(_: list[str]) -> None:
     """Reads the command line and compares."""
-    config, name = launch.settings(CONFIG)
+    config, name = launch.settings(sft.CONFIG)
     compare(config, Path(config.run or f"runs/{name}"))
 
 
@@ -58,14 +59,31 @@ def compare(config: settings.Config, folder: Path) -> None:
     longest = max(methods.METHODS[name].rank for name in methods.SOFT)
     data = examples.prepare(config.sft, format, model.config.context - longest)
     loop.begin(folder, {"sft": config.sft.to_dict(), "methods": list(config.methods), "grid": list(config.grid)})
-    for name in config.methods:
+
+    def make(name: str) -> Run:
         method, _, format_ = name.partition("@")
         one = ConfigDict({**config.sft.to_dict(), "method": method, "quantize": format_})
         settings.check(one)
-        run = Run(name, one, model, format, data)
+        return Run(name, one, model, format, data)
+
+    for run in map(make, config.methods):
         while (rate := _next(folder, run, config.grid)) is not None:
             _append(folder / RUNS, run(rate))
+    timed = {line["method"] for line in loop.read(folder / SPEEDS)}
+    if missing := [name for name in config.methods if name not in timed]:
+        beside = make("lora").stepper()
+        for name in missing:
+            _append(folder / SPEEDS, {"method": name, **_in_turn(make(name).stepper(), beside)})
     write(folder)
+
+
+def _in_turn(one: Callable[[], float], beside: Callable[[], float]) -> dict[str, float]:
+    pairs = [(one(), beside()) for _ in range(PAIRS)]
+    return {
+        "seconds": statistics.median(seconds for seconds, _ in pairs),
+        "lora_seconds": statistics.median(seconds for _, seconds in pairs),
+        "times_lora": statistics.median(other / seconds for seconds, other in pairs),
+    }
 
 
 class Run:
@@ -126,14 +144,12 @@ class Run:
         compiled = self.step.lower(trainable, state, base, batch, jnp.float32(rate)).compile()
         memory = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        seconds, losses, tokens = [], [], 0
+        losses, tokens = [], 0
         for _ in range(config.steps):
-            begun = time.perf_counter()
             trainable, state, loss = compiled(trainable, state, base, batch, jnp.float32(rate))
             tokens += int((batch["segments"] > 0).sum())
             batch = next(batches)
             losses.append(float(loss))
-            seconds.append(time.perf_counter() - begun)
         now = self.tree(trainable, base, None)
         loss = heldout.loss(self.measure, now, self.data.heldout_rows, self.data.length, config.batch_size)
         speak, sizes = methods.applied(decoder.forward_with_cache), (config.eval.max_new, config.eval.batch_size)
@@ -144,14 +160,31 @@ class Run:
             "parameters": parameters,
             "file_mb": size / 1e6,
             "peak_mb": peak / 1e6,
+            "steps": config.steps,
             "tokens": tokens,
-            "tokens_per_second": tokens / config.steps / statistics.median(seconds),
             "training_loss": losses[-1],
             "heldout_loss": loss,
             "exact_match": sum(answer.right for answer in said) / len(said),
         }
         print(json.dumps(line), flush=True)
         return line
+
+    def stepper(self) -> Callable[[], float]:
+        """Compiles; returns a function that takes one training step and returns its seconds."""
+        base, trainable = self.start()
+        trainable = jax.tree.map(jnp.copy, trainable)
+        state = self.optimizer(trainable, 0.0).init(trainable)
+        batch = next(self.data.batches(self.config.batch_size, self.config.seed))
+
+        def one() -> float:
+            nonlocal trainable, state
+            begun = time.perf_counter()
+            trainable, state, loss = self.step(trainable, state, base, batch, jnp.float32(0))
+            loss.block_until_ready()
+            return time.perf_counter() - begun
+
+        one()
+        return one
 
 
 def _next(folder: Path, run: Run, grid: tuple[float, ...]) -> float | None:
@@ -186,7 +219,8 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 def write(folder: Path) -> None:
     """Writes the best run of every method, in the order of the config, with all learning rates that were tried."""
-    runs = loop.read(folder / RUNS)
+    runs, speeds = loop.read(folder / RUNS), {line["method"]: line for line in loop.read(folder / SPEEDS)}
+    lora_seconds = statistics.median(line["lora_seconds"] for line in speeds.values())
     names = list(dict.fromkeys(line["method"] for line in runs))
     rows = [
         ("method", "learning rate", "tried", "trained", "MB", "peak MB", "tokens/s", "held-out loss", "exact match")
@@ -195,7 +229,9 @@ def write(folder: Path) -> None:
     for name in names:
         own = sorted((line for line in runs if line["method"] == name), key=lambda line: line["rate"])
         line = min(own, key=_score)
-        best.append(line | {"tried": {str(x["rate"]): x["heldout_loss"] for x in own}})
+        speed = speeds[name]["times_lora"] * line["tokens"] / line["steps"] / lora_seconds
+        tried = {str(x["rate"]): x["heldout_loss"] for x in own}
+        best.append(line | {"tried": tried, "tokens_per_second": speed} | speeds[name])
         rows.append(
             (
                 name,
@@ -204,7 +240,7 @@ def write(folder: Path) -> None:
                 f"{line['parameters']:,}",
                 f"{line['file_mb']:.2f}",
                 f"{line['peak_mb']:,.0f}",
-                f"{statistics.median(x['tokens_per_second'] for x in own):.0f}",
+                f"{speed:.0f}",
                 f"{line['heldout_loss']:.4f}",
                 f"{line['exact_match']:.1%}",
             )
