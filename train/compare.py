@@ -107,7 +107,7 @@ class Run:
         self.model, self.tree = model, methods.runner(config, model)
         nll = functools.partial(objective.negative_log_likelihood, shape=model.config, learned=data.learned)
         self.nll = methods.applied(nll)
-        self.measure, self.step = jax.jit(self.nll), self._step()
+        self.measure, self.step, self.program = jax.jit(self.nll), self._step(), None
         self.start = functools.cache(lambda: self._start(nll))
 
     def _start(self, nll: Callable) -> tuple[Tree, Tree]:
@@ -141,12 +141,12 @@ class Run:
         state, size = self.optimizer(trainable, rate).init(trainable), lora.nbytes(trainable)
         batches = self.data.batches(config.batch_size, config.seed)
         batch = next(batches)
-        compiled = self.step.lower(trainable, state, base, batch, jnp.float32(rate)).compile()
-        memory = compiled.memory_analysis()
+        self.program = self.program or self.step.lower(trainable, state, base, batch, jnp.float32(rate)).compile()
+        memory = self.program.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         losses, tokens = [], 0
         for _ in range(config.steps):
-            trainable, state, loss = compiled(trainable, state, base, batch, jnp.float32(rate))
+            trainable, state, loss = self.program(trainable, state, base, batch, jnp.float32(rate))
             tokens += int((batch["segments"] > 0).sum())
             batch = next(batches)
             losses.append(float(loss))
