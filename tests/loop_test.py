@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from train import config as settings
-from train import loop, rl_settings
+from train import distill_settings, dpo_settings, loop, rl_settings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -23,7 +23,8 @@ def test_config_files_say_what_to_expect_and_can_be_meant(path):
     if "variants" in config:  # of another config
         return
     config = config.get("sft", config)  # a comparison's experiment
-    (rl_settings if "reward" in config else settings).check(config)
+    own = {"reward": rl_settings, "teacher": distill_settings, "reference": dpo_settings}
+    next((module for name, module in own.items() if name in config), settings).check(config)
     with pytest.raises(AttributeError, match="locked"):
         config.optim.learning_rate = 1.0
 
