@@ -25,9 +25,8 @@ from ml_collections import ConfigDict
 from lora_jax.data import chat, sources
 from lora_jax.interop import hf
 from lora_jax.models import decoder
-from train import chat as talk
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, sft
+from train import examples, heldout, launch, loop, methods, sft, trained
 
 MULTIPLES = flags.DEFINE_multi_float("multiple", [1.0], "of each method's own learning rate")
 RESULT = flags.DEFINE_string("result", "benchmarks/results/e2e.json", "what is written")
@@ -67,7 +66,7 @@ def compare(config: settings.Config, folder: Path, multiples: Sequence[float], p
         row = {"method": method, "multiple": multiple, "rate": one.optim.lr, "steps": config.steps}
         row |= {"tokens": round(sum(line.get("tokens", 0) for line in metrics)), "loss_before": losses[0]}
         row |= {"loss": losses[-1], "loss_best": min(losses)}
-        add(row, talk.trained(run, loop.resolved(run), model))
+        add(row, trained.from_run(run, loop.resolved(run), model))
 
 
 def tables(test: Sequence[sources.Example]) -> tuple[list[sources.Example], list[list[str]]]:

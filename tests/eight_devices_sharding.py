@@ -20,7 +20,14 @@ DENSE = DecoderConfig("llama", 64, 256, 512, 2, 8, 8, 16, 64, tied=True)
 MOE = DecoderConfig("mixtral", 64, 128, 256, 2, 4, 4, 16, 64, experts=4, active_experts=2)
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
 EXPERTS = ("data=8", "fsdp=8", "fsdp=2,tensor=4", "expert=4,data=2", "expert=2,fsdp=2,tensor=2")
-CASES = [("dense", mesh) for mesh in MESHES] + [("moe", mesh) for mesh in EXPERTS] + [("nf4", mesh) for mesh in MESHES]
+BLOCKS = ("data=8", "fsdp=4,data=2", "tensor=8", "data=2,fsdp=2,tensor=2")  # of 64: 256 inputs have four
+CASES = [
+    *(("dense", mesh, ()) for mesh in MESHES),
+    *(("moe", mesh, ()) for mesh in EXPERTS),
+    *(("nf4", mesh, ()) for mesh in BLOCKS),
+    *((kind, "data=2,fsdp=2,tensor=2", sides) for kind in ("dense", "nf4") for sides in (("out",), ("inp", "out"))),
+    *(("moe", "expert=2,fsdp=2,tensor=2", sides) for sides in (("out",), ("inp", "out"))),
+]
 
 
 @functools.cache
@@ -32,7 +39,7 @@ def case(kind):
     sites = lora.trace(decoder.forward, params, batch, config)
     if kind == "nf4":
         params = quantize(params, sites, {"all-linear": "nf4"})
-    adapters = lora.init(jax.random.key(2), params, sites, lora.Spec(rank=4, alpha=8))
+    adapters = lora.init(jax.random.key(2), params, sites, lora.Spec(rank=3, alpha=6))
     adapters = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape) / 20, adapters)
     return config, params, adapters, batch, jax.jit(step(config))(adapters, params, batch)
 
@@ -60,11 +67,10 @@ def placed(kind, line, follow=("stacked",)):
     return config, [jax.device_put(x, place) for x, place in zip((adapters, params, batch), where, strict=True)], where
 
 
-@pytest.mark.parametrize("follow", [("stacked",), ("stacked", "out"), ("stacked", "inp", "out")])
-@pytest.mark.parametrize(("kind", "line"), CASES)
-def test_loss_and_gradients_are_those_of_one_device(kind, line, follow):
+@pytest.mark.parametrize(("kind", "line", "sides"), CASES)
+def test_loss_and_gradients_are_those_of_one_device(kind, line, sides):
     loss, gradients = case(kind)[-1]
-    config, args, where = placed(kind, line, follow)
+    config, args, where = placed(kind, line, ("stacked", *sides))
     got, found = jax.jit(step(config), out_shardings=(None, where[0]))(*args)
     np.testing.assert_allclose(got, loss, rtol=1e-5)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
@@ -91,10 +97,11 @@ def collectives(kind, line, follow):
 
 def test_data_parallel_adapters_are_all_that_is_summed():
     """The gradient's all-reduce is as large as the adapters, not the base; nothing else moves but the loss."""
-    _, params, adapters, _, _ = case("dense")
+    config, params, adapters, _, _ = case("dense")
     found = collectives("dense", "data=8", ("stacked",))
     assert set(found) == {"all-reduce"}
-    assert lora.count(adapters) <= sum(found["all-reduce"]) <= lora.count(adapters) + 64
+    # A layer's at a time, within the loop over layers, or all at once behind it.
+    assert lora.count(adapters) / config.layers <= sum(found["all-reduce"]) <= lora.count(adapters) + 64
     assert lora.count(adapters) < lora.count(params) / 5
 
 
@@ -108,4 +115,3 @@ def test_fsdp_gathers_shards_of_the_base_alone():
     assert found["all-gather"] and not small & set(found["all-gather"])
     more = collectives("dense", "fsdp=8", ("stacked", "inp", "out"))
     assert small & set(more["all-gather"])
-    assert sum(found["all-reduce"]) >= lora.count(adapters) > sum(more.get("all-reduce", [0]))

@@ -93,7 +93,7 @@ def test_runs_over_seeds_are_made_once(tmp_path, monkeypatch, capsys):
     assert not np.array_equal(model.params["embed"]["embedding"], start.params["embed"]["embedding"])
     result = json.loads((tmp_path / "runs" / "rl.json").read_text())
     assert [(run["variant"], run["seed"]) for run in result["runs"]] == [
-        (variant, seed) for variant in ("rank-1", "full") for seed in (0, 1)
+        (variant, seed) for variant in ("full", "rank-1") for seed in (0, 1)
     ]
     assert all([step for step, _ in run["heldout"]] == [0, 2, 4] for run in result["runs"])
     assert (tmp_path / "runs" / "rl.png").read_bytes().startswith(b"\x89PNG")

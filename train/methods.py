@@ -110,7 +110,8 @@ def start(
       The base (that of the model, but for LoftQ), and adapters, a prompt, a prefix, or all parameters in float32.
     """
     if config.method == "full":
-        return None, jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+        # A copy: what is trained is donated, and the base may be a teacher or a reference yet.
+        return None, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), model.params)
     if config.method in SOFT:
         n = config.lora.rank or METHODS[config.method].rank
         text = model.tokenizer.encode(config.soft_text, add_special_tokens=False).ids if config.soft_text else None
