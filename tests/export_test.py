@@ -70,6 +70,7 @@ def test_merged_loads_in_transformers(model, tmp_path, capsys):
     np.testing.assert_allclose(tiny_llama.logits(theirs, TOKENS), adapted(base, trained, config), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_over_a_quantised_base_what_was_trained_is_merged(model, tmp_path, capsys):
     base, trained, config = tiny_run.write(tmp_path / "run", model, quantize="nf4")
     said = run(capsys, run=tmp_path / "run", format="merged", out=tmp_path / "out")

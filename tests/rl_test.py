@@ -108,6 +108,7 @@ def test_every_objective_learns_over_several_updates(objective, model, tmp_path)
     assert any(line["clipped"] > 0 for line in lines) == (objective != "policy_gradient")
 
 
+@pytest.mark.slow
 def test_parts_and_rows_of_a_step_change_nothing(model, tmp_path):
     """Answers do not depend on how many are drawn at once, nor an update on the parts that it is computed in."""
     first = {}
@@ -146,6 +147,7 @@ def test_failed_rewards_are_left_out_and_told(model, tmp_path, capsys):
         rl.train(config, tmp_path / "never", "never")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_run_that_did_not_stop(model, tmp_path):
     config = configured(model, tmp_path)
     rl.train(config, tmp_path / "whole", "x")

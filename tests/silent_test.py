@@ -12,6 +12,7 @@ from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
 
 
+@pytest.mark.slow
 def test_experts_are_among_all_linear_weights_and_leaving_them_out_has_to_be_said():
     pytest.importorskip("lora_jax.models.moe")
     config = DecoderConfig("qwen3_moe", 61, 8, 12, 2, 2, 1, 4, 32, experts=3, active_experts=2)
