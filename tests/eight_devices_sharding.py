@@ -103,15 +103,3 @@ def test_data_parallel_adapters_are_all_that_is_summed():
     # A layer's at a time, within the loop over layers, or all at once behind it.
     assert lora.count(adapters) / config.layers <= sum(found["all-reduce"]) <= lora.count(adapters) + 64
     assert lora.count(adapters) < lora.count(params) / 5
-
-
-def test_fsdp_gathers_shards_of_the_base_alone():
-    """With adapters on every device no adapter is gathered; following the inputs costs gathers of just these."""
-    _, params, adapters, _, _ = case("dense")
-    weights = {math.prod(leaf.shape[1:] if leaf.ndim > 2 else leaf.shape) for leaf in jax.tree.leaves(params)}
-    small = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(adapters)}
-    assert not weights & small
-    found = collectives("dense", "fsdp=8", ("stacked",))
-    assert found["all-gather"] and not small & set(found["all-gather"])
-    more = collectives("dense", "fsdp=8", ("stacked", "inp", "out"))
-    assert small & set(more["all-gather"])
