@@ -20,11 +20,11 @@ def get_config():
     config.reward.functions = (("reasoning_gym", 1.0),)
     config.method = "lora"
     config.lora.rank = 1
-    config.optim.lr = 5e-3
+    config.optim.lr = 1e-3
     config.steps = 200
     config.sampler.prompts = 16
     config.sampler.samples = 8
-    config.sampler.max_new = 8
+    config.sampler.max_new = 10
     config.batch_size = 128
     config.eval.every = 25
     config.checkpoint.every = 25

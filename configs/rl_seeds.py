@@ -14,8 +14,8 @@ def get_config():
     config.base = "configs/rl_base.py"
     config.rl = "configs/rl.py"
     config.variants = {
-        "rank-1": {"method": "lora", "lora": {"rank": 1}, "optim": {"lr": 5e-3}},
-        "full": {"method": "full", "optim": {"lr": 5e-4}},
+        "rank-1": {"method": "lora", "lora": {"rank": 1}, "optim": {"lr": 1e-3}},
+        "full": {"method": "full", "optim": {"lr": 1e-3}},
     }
     config.seeds = (0, 1, 2)
     config.run = ""

@@ -43,13 +43,14 @@ def test_a_fresh_model_loads_and_follows_its_seed(tmp_path):
     assert all(same) and not all(other)
 
 
-def test_a_share_of_the_lessons_is_the_wrong_way_round():
-    tasks = [kinds.Task(str(i), [{"role": "user", "content": f"Say {i}"}], f"{i}x", {}) for i in range(1000)]
+def test_a_share_of_the_lessons_is_in_quotation_marks():
+    tasks = [kinds.Task(str(i), [{"role": "user", "content": f"Say {i}"}], f"{i}", {}) for i in range(1000)]
     taught = fresh.lessons(tasks, 0.75, seed=0)
-    wrong = [lesson["completion"][0] == "x" for lesson in taught]
-    assert 700 < sum(wrong) < 800 and taught == fresh.lessons(tasks, 0.75, seed=0) != fresh.lessons(tasks, 0.75, seed=1)
+    assert all(lesson["completion"] in (str(i), f'"{i}"') for i, lesson in enumerate(taught))
+    assert 700 < sum('"' in lesson["completion"] for lesson in taught) < 800
+    assert taught == fresh.lessons(tasks, 0.75, seed=0) != fresh.lessons(tasks, 0.75, seed=1)
     assert [lesson["prompt"] for lesson in taught] == [task.messages[0]["content"] for task in tasks]
-    assert not any(lesson["completion"][0] == "x" for lesson in fresh.lessons(tasks, 0.0, seed=0))
+    assert not any('"' in lesson["completion"] for lesson in fresh.lessons(tasks, 0.0, seed=0))
 
 
 @pytest.mark.slow
@@ -63,7 +64,7 @@ def test_runs_over_seeds_are_made_once(tmp_path, monkeypatch, capsys):
         def get_config():
             config = ConfigDict()
             config.model = {{"dim": 16, "layers": 1, "heads": 2, "context": 32}}
-            config.mistakes = 0.5
+            config.quoted = 0.5
             config.sft = defaults.sft()
             config.sft.data.source, config.sft.data.heldout, config.sft.eval.answers = {str(data)!r}, 4, 0
             config.sft.steps, config.sft.batch_size, config.sft.optim.lr = 4, 4, 1e-3

@@ -1,9 +1,9 @@
 """Makes a small model for one task: `python -m train.fresh --config=configs/rl_base.py`.
 
-Random weights and a tokenizer of the task's prompts, then supervised fine-tuning of every parameter. A share of what
-it is taught is the answer the wrong way round, so that it can do the task but mostly does something else: a beginning
-for reinforcement learning. What comes out is a folder as `transformers` has them, `RUN/model`. The same command, run
-again, goes on where it stopped.
+Random weights and a tokenizer of the task's prompts, then supervised fine-tuning of every parameter. A share of the
+answers that it is taught are in quotation marks, which the task does not want: it can do the task, but mostly not in
+the form that is asked, a beginning for reinforcement learning. What comes out is a folder as `transformers` has them,
+`RUN/model`. The same command, run again, goes on where it stopped.
 """
 
 import itertools
@@ -41,8 +41,8 @@ def make(config: settings.Config, folder: Path, name: str) -> Path:
     """Makes the model, as far as it is not made yet.
 
     Args:
-      config: `model`, arguments of `write`; `sft`, settings of supervised fine-tuning; `mistakes`, the share of answers
-        that are taught the wrong way round.
+      config: `model`, arguments of `write`; `sft`, settings of supervised fine-tuning; `quoted`, the share of answers
+        that are taught in quotation marks.
       folder: of the run.
       name: of the experiment, for the report.
 
@@ -59,7 +59,7 @@ def make(config: settings.Config, folder: Path, name: str) -> Path:
     if not (fresh / "config.json").is_file():
         tasks = sources.load(config.sft.data.source, config.sft.data.columns, kinds.Task)
         fresh.mkdir(parents=True, exist_ok=True)
-        loop.write(fresh / TAUGHT, "".join(map(_line, lessons(tasks, config.mistakes, config.sft.seed))))
+        loop.write(fresh / TAUGHT, "".join(map(_line, lessons(tasks, config.quoted, config.sft.seed))))
         write(fresh, [task.messages[-1]["content"] for task in tasks], **config.model)
     one = ConfigDict({**config.sft.to_dict(), "model": str(fresh), "method": "full"})
     one.data.source = str(fresh / TAUGHT)
@@ -73,13 +73,13 @@ def make(config: settings.Config, folder: Path, name: str) -> Path:
     return model
 
 
-def lessons(tasks: Sequence[kinds.Task], mistakes: float, seed: int) -> list[dict[str, str]]:
-    """Prompts and completions, of which a share, drawn by the seed, has its letters the wrong way round."""
+def lessons(tasks: Sequence[kinds.Task], quoted: float, seed: int) -> list[dict[str, str]]:
+    """Prompts and completions, of which a share, drawn by the seed, is in quotation marks."""
     drawn = random.Random(seed)
-    wrong = [drawn.random() < mistakes for _ in tasks]
+    marks = ['"' if drawn.random() < quoted else "" for _ in tasks]
     return [
-        {"prompt": task.messages[-1]["content"], "completion": task.answer[::-1] if is_wrong else task.answer}
-        for task, is_wrong in zip(tasks, wrong, strict=True)
+        {"prompt": task.messages[-1]["content"], "completion": f"{mark}{task.answer}{mark}"}
+        for task, mark in zip(tasks, marks, strict=True)
     ]
 
 
