@@ -15,7 +15,7 @@ def get_config():
     config.rl = "configs/rl.py"
     config.variants = {
         "rank-1": {"method": "lora", "lora": {"rank": 1}, "optim": {"lr": 1e-3}},
-        "full": {"method": "full", "optim": {"lr": 1e-3}},
+        "full": {"method": "full", "optim": {"lr": 3e-4}},
     }
     config.seeds = (0, 1, 2)
     config.run = ""
