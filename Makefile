@@ -19,7 +19,7 @@ test: $(VENV)/.test  ## everything that takes seconds
 	$(IN) pytest -m "not slow" -n $(JOBS) $(TESTS)
 
 test-slow: $(VENV)/.test $(VENV)/.compilers  ## the rest: real weights, crashes, compilers for TPU and H100
-	$(IN) pytest -m slow -n $(JOBS) --dist loadfile $(TESTS)  # one process at a time may hold the TPU compiler
+	$(IN) pytest -m slow -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/.test
 	$(IN) ruff check .
