@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.interop import guard
 from lora_jax.models import decoder, keys
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quant import Quantised, quantize_leaf
@@ -41,7 +42,7 @@ def read(
       Nested dict of arrays, and of `Quantised` weights where rules ask for them.
 
     Raises:
-      ValueError: a tensor is missing or has the wrong shape, or a rule is wrong.
+      ValueError: a tensor is missing, has the wrong shape or is not finite, or a rule is wrong.
     """
     chosen = {} if quantize is None else choose(_sites(config, dtype), quantize)
     params: dict[str, Any] = {}
@@ -122,6 +123,8 @@ def _weight(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path, pl
             f"{source}: tensor {name} has shape {list(x.shape)} where the config asks for "
             f"{list(expected)}; use the config.json this file came with"
         )
+    if not guard.finite(x):
+        raise ValueError(f"{source}: tensor {name} has values that are not finite; download the file again")
     return keys.from_file(x, key, config)
 
 
