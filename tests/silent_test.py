@@ -31,7 +31,7 @@ def test_experts_are_among_all_linear_weights_and_leaving_them_out_has_to_be_sai
 
 def test_a_run_that_trains_nothing_ends_at_its_first_step(tmp_path):
     config = tiny_trainer.configured(steps=3, checkpoint__every=1)
-    with pytest.raises(ValueError, match="step 1: the loss is .* and no gradient reaches what is trained"):
+    with pytest.raises(ValueError, match=r"step 1: the loss is .* and no gradient reaches what is trained"):
         tiny_trainer.train(config, tmp_path / "stuck", stuck=True)
     assert not checkpoint.newest(tmp_path / "stuck/checkpoints")
     tiny_trainer.train(config, tmp_path / "run")

@@ -53,7 +53,7 @@ class Batches:
 def train(
     config, folder, evaluations=None, fail_at=None, added=None, without=(), seconds=0.0, signal_at=(0, 0), stuck=False
 ):
-    """Trains; `evaluations[step]` stands for the held-out loss, the update of `fail_at` raises, `stuck` has no gradient."""
+    """Trains; `evaluations[step]` is the held-out loss, the update of `fail_at` raises, `stuck` has no gradient."""
     tx = optax.adam(config.optim.lr)
 
     def loss(tree, batch):
