@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lora_jax.data import formats
 from lora_jax.models import decoder, kernels
 from lora_jax.quant import FORMATS
-from train import trackers
+from train import profiling, trackers
 from train.methods import METHODS
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
@@ -32,9 +32,10 @@ def common() -> Config:
             "steps": 100,  # updates
             "batch_size": 16,  # rows in an update
             "accumulate": 1,  # parts that a batch is computed in, to save memory; the update is the same
-            "remat": "none",  # what the backward pass recomputes: "none", "dots" (all but products), "full"; "offload": "dots", on the host
+            "remat": "none",  # what is computed again: "none"; "dots": not products; "offload": so, on the host; "full"
             "attention": "auto",  # what computes it: "chunked", "splash" (TPU), "cudnn" (GPU); "auto": by the platform
             "loss_chunk": 0,  # tokens whose logits are held at once; 0: all
+            "profile": "",  # steps to trace for TensorBoard, such as "10:13"; empty: none
             "method": "lora",  # train/methods.py lists them; "full" trains every parameter
             "quantize": "",  # of the base's linear weights: "nf4", "int8", "int4", "fp8"; empty: none
             "soft_text": "",  # what "prompt" and "prefix" start from; empty: random tokens
@@ -144,6 +145,7 @@ def check_common(config: Config) -> None:
         if not 0 <= _get(config, name) < 1:
             raise ValueError(f"config.{name}={_get(config, name)} must be at least 0 and less than 1")
     trackers.check(config.log)
+    profiling.steps(config.profile)
     if not 0 <= config.optim.warmup < config.steps:
         raise ValueError(f"config.optim.warmup={config.optim.warmup} must be less than config.steps={config.steps}")
     if config.batch_size % config.accumulate:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from train import loop, report, trackers, watch
+from train import loop, profiling, report, trackers, watch
 from train.config import Config
 
 RESUMABLE = 75  # exit status of a run that was asked to stop and saved itself: EX_TEMPFAIL, "try again"
@@ -108,15 +108,18 @@ def run(
 
     if not saved:
         best.see(step, measure())
-    with loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked:
+    profile = profiling.Profile(config.profile, folder)
+    with loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked, profile:
         batch = progress.fetch(batches)
         while step < config.steps and not best.enough():
+            profile.begin(step + 1)
             before = jax.tree.map(jnp.copy, (trainable, optimizer)) if guard.skip else None
             trainable, optimizer, out = update(trainable, optimizer, batch, jax.random.fold_in(key, step))
             step += 1
             data = batches.get_state()
             batch = progress.fetch(batches)  # while the device computes
             numbers = {name: float(value) for name, value in out.items()}
+            profile.end(step)
             if step == 1:
                 watch.check_first(numbers)
             if wrong := guard.judge(numbers):

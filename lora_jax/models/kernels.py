@@ -3,7 +3,6 @@
 Neither keeps scores in memory. Shapes: B batch, T tokens, H query heads, K key/value heads, h head dim.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -20,9 +19,7 @@ LARGEST = 512  # tokens in a block of splash's
 ROWS = ("data", "fsdp", "expert")  # axes of a mesh along which rows are divided
 
 
-def choose(
-    asked: str, platform: str, config: DecoderConfig, dtype: jnp.dtype, prefix: bool = False
-) -> tuple[str, str]:
+def choose(asked: str, platform: str, config: DecoderConfig, dtype: jnp.dtype, prefix: bool = False) -> tuple[str, str]:
     """What computes the attention.
 
     Args:
@@ -160,17 +157,20 @@ def cudnn(
       [B, T, H, h] in the dtype of the queries.
     """
     T = q_BTHh.shape[1]
-    fill = T % 2 if segments_BT is not None else 0  # a mask has an even number of tokens
-    attend = functools.partial(
-        jax.nn.dot_product_attention,
+
+    def even(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, T % 2)] + [(0, 0)] * (x.ndim - 2))  # what cuDNN wants; no query sees it
+
+    mask = None
+    if segments_BT is not None:
+        segments_BT = even(segments_BT)
+        mask = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    mixed_BTHh = jax.nn.dot_product_attention(
+        *map(even, (q_BTHh, k_BTKh, v_BTKh)),
+        mask=mask,
         is_causal=True,
         scale=scale,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
-    if segments_BT is None:
-        return attend(q_BTHh, k_BTKh, v_BTKh)
-    q_BTHh, k_BTKh, v_BTKh = (jnp.pad(x, [(0, 0), (0, fill), (0, 0), (0, 0)]) for x in (q_BTHh, k_BTKh, v_BTKh))
-    segments_BT = jnp.pad(segments_BT, [(0, 0), (0, fill)])
-    mask = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return attend(q_BTHh, k_BTKh, v_BTKh, mask=mask)[:, :T]
+    return mixed_BTHh[:, :T]
