@@ -160,14 +160,17 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
 
 
 def _mixed(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefix_NKh, window, config: DecoderConfig) -> jax.Array:
-    """Attention, by what the config says; what the backward pass wants of it has the name "kept"."""
-    if config.attention == "chunked":
+    """Attention [N, H·h], by what the config says; what the backward pass wants of it has the name "kept"."""
+    if config.attention == "splash":  # whose kernel has named it
+        given = q_BTHh, k_BTKh, v_BTKh, segments_BT, window, config.attn_scale, config.attn_cap
+        return kernels.splash(*given).reshape(-1, config.heads * config.head_dim)
+    if config.attention == "cudnn":
+        mixed_BTHh = kernels.cudnn(q_BTHh, k_BTKh, v_BTKh, segments_BT, window, config.attn_scale)
+    else:
         given = q_BTHh, k_BTKh, v_BTKh, segments_BT, prefix_NKh, window
-        return checkpoint_name(attention.causal(*given, config.attn_scale, config.attn_cap), "kept")
-    given = q_BTHh, k_BTKh, v_BTKh, segments_BT, window, config.attn_scale
-    if config.attention == "splash":
-        return kernels.splash(*given, config.attn_cap)  # it has given its result the name itself
-    return checkpoint_name(kernels.cudnn(*given), "kept")
+        mixed_BTHh = attention.causal(*given, config.attn_scale, config.attn_cap)
+    # As a matrix: a TPU fills a last axis up to 128.
+    return checkpoint_name(mixed_BTHh.reshape(-1, config.heads * config.head_dim), "kept")
 
 
 def _varying(config: DecoderConfig) -> dict[str, jax.Array]:

@@ -5,6 +5,7 @@ Neither keeps scores in memory. Shapes: B batch, T tokens, H query heads, K key/
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +104,13 @@ def splash(
         shape = (tokens, tokens)
         causal = splash_attention.CausalMask(shape)
         mask = causal if window is None else splash_attention.LocalMask(shape, (window - 1, 0), 0)
-        block = next(size for size in range(min(LARGEST, tokens), 0, -LANES) if tokens % size == 0)
-        kernel = splash_attention.make_splash_mha_single_device(
+        n = next(size for size in range(min(LARGEST, tokens), 0, -LANES) if tokens % size == 0)
+        blocks = splash_attention.BlockSizes(
+            block_q=n, block_kv=n, block_q_dkv=n, block_kv_dkv=n, block_q_dq=n, block_kv_dq=n
+        )
+        kernel: Any = splash_attention.make_splash_mha_single_device(
             splash_attention.MultiHeadMask([mask] * heads),
-            block_sizes=splash_attention.BlockSizes(*[block] * 8),
+            block_sizes=blocks,
             attn_logits_soft_cap=cap,
             residual_checkpoint_name="kept",
             interpret=interpret,
