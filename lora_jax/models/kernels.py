@@ -38,10 +38,10 @@ def choose(asked: str, platform: str, config: DecoderConfig, dtype: jnp.dtype, p
     """
     if asked not in ("auto", *KINDS):
         raise ValueError(f"attention={asked!r} is not one of: auto, {', '.join(KINDS)}")
-    own = OF_PLATFORM.get(platform)
-    if asked == "chunked" or (asked == "auto" and own is None):
-        return "chunked", "as asked for" if asked == "chunked" else f"there is no kernel for {platform}"
+    own = OF_PLATFORM.get(platform, "chunked")
     kind = own if asked == "auto" else asked
+    if kind == "chunked":
+        return kind, "as asked for" if asked == kind else f"there is no kernel for {platform}"
     why = f"there is no {kind} on {platform}" if kind != own else _refusal(kind, config, dtype, prefix)
     if not why:
         return kind, f"the kernel for {platform}"
@@ -57,7 +57,7 @@ def _refusal(kind: str, config: DecoderConfig, dtype: jnp.dtype, prefix: bool) -
         return "layers differ in their window"
     if kind == "cudnn" and config.attn_cap is not None:
         return "cuDNN has no cap of scores"
-    if kind == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
+    if kind == "cudnn" and jnp.dtype(dtype).itemsize != 2:
         return f"cuDNN has no {jnp.dtype(dtype).name}"
     if kind == "cudnn" and (config.head_dim % 8 or config.head_dim > LANES):
         return f"cuDNN has no heads of {config.head_dim} numbers"
