@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import sft_test
 import tiny
 import tiny_trainer
 
+import lora_jax as lora
+from lora_jax.models import decoder, loss
+from lora_jax.models.config import DecoderConfig
 from train import config as settings
-from train import loop, profiling, sft
+from train import loop, methods, profiling, sft
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 ROOT = Path(__file__).parent.parent
@@ -61,6 +65,30 @@ def test_what_was_chosen_is_said(runs):
     assert "attention: chunked (there is no kernel for cpu)" in said
     assert "loss: logits of 8 tokens at a time, computed once" in said
     assert "loss: logits" not in runs["plain"][1]
+
+
+def test_an_adapter_of_the_head_has_its_logits_computed_again(capsys):
+    config, shape = settings.sft(), DecoderConfig("llama", 61, 16, 24, 1, 2, 1, 8, context=64)
+    for chunk, path, once in ((8, "head/kernel", False), (8, "layers/q_proj/kernel", True), (0, "head/kernel", False)):
+        config.loss_chunk = chunk
+        assert methods.once(config, {path: None}, shape) == once
+    assert capsys.readouterr().out.splitlines() == [
+        "loss: logits of 8 tokens at a time, computed again for gradients: head/kernel has an adapter",
+        "loss: logits of 8 tokens at a time, computed once",
+    ]
+    # Computed once they would not be its own.
+    params = jax.eval_shape(lambda key: decoder.init(key, shape), jax.random.key(0))
+    tokens, weights = np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32)
+
+    def nll(params, **how):
+        return loss.cross_entropy(params, decoder.hidden(params, tokens, shape), tokens, weights, shape, 4, **how)[0]
+
+    spec = lora.Spec(lora.Rule("head/kernel", rank=2))
+    adapters = jax.eval_shape(lambda key: lora.init(key, params, lora.trace(nll, params), spec), jax.random.key(0))
+    gradient = jax.grad(lambda adapters, params, **how: lora.lift(nll)(lora.attach(params, adapters), **how))
+    assert jax.eval_shape(gradient, adapters, params)
+    with pytest.raises(lora.LiftError, match=r"the adapted weight 'head/kernel' .* reaches `custom_vjp_call"):
+        jax.eval_shape(lambda *x: gradient(*x, once=True), adapters, params)
 
 
 def test_profile(runs):
