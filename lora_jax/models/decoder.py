@@ -5,8 +5,6 @@ dim, V vocabulary, L layers. The layers' parameters are stacked on a leading axi
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,38 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models import attention, kernels, rope
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.modules import Decoder
+from lora_jax.models.remat import REMAT
 
-
-def _narrow(primitive: Any, *operands: Any, **params: Any) -> bool:
-    # The result of a product that is much narrower than its input costs little to keep and much to make again.
-    if primitive is not jax.lax.dot_general_p:
-        return False
-    (contracted, _), (batch, _) = params["dimension_numbers"]
-    depth = math.prod(operands[0].shape[axis] for axis in contracted)
-    return not batch and 8 * (operands[1].size // depth) < depth
-
-
-_to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
-    names_which_can_be_offloaded=["kept", "layer"],
-    offload_src="device",
-    offload_dst="pinned_host",
-)
-
-
-def _offloaded(primitive: Any, *operands: Any, **params: Any) -> Any:
-    # What is narrow is not worth the way.
-    return _narrow(primitive, *operands, **params) or _to_host(primitive, *operands, **params)
-
-
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        _narrow, jax.checkpoint_policies.save_only_these_names("kept")
-    ),
-    "offload": _offloaded,
-}
 Params = Any
 Cache = dict[str, jax.Array]
 KeysValues = attention.KeysValues
