@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.data import formats
 from lora_jax.quant import FORMATS
-from train import trackers
+from train import placing, trackers
 from train.methods import METHODS
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
@@ -33,6 +33,7 @@ def common() -> Config:
             "accumulate": 1,  # parts that a batch is computed in, to save memory; the update is the same
             "remat": "none",  # what the backward pass recomputes: "none", "dots" (all but products), "full"
             "loss_chunk": 0,  # tokens whose logits are held at once; 0: all
+            "mesh": "",  # devices along the axes data, fsdp, tensor, expert: "fsdp=4,tensor=2"; empty: one device
             "method": "lora",  # train/methods.py lists them; "full" trains every parameter
             "quantize": "",  # of the base's linear weights: "nf4", "int8", "int4", "fp8"; empty: none
             "soft_text": "",  # what "prompt" and "prefix" start from; empty: random tokens
@@ -46,6 +47,10 @@ def common() -> Config:
         "alpha": 32.0,  # the product of the factors is scaled by alpha / rank
         "dropout": 0.0,  # share of the factors' input that is dropped
         "init": "",  # "uniform", "normal", "orthogonal", "pissa", "olora"; empty: the method's own
+    }
+    config.sharding = {  # where on a mesh arrays are; lora_jax/sharding.py
+        "rules": (),  # along which of its axes those of the base are divided: (("F", "tensor"), ...); empty: the usual
+        "follow": ("stacked",),  # along which axes adapters are divided as their weights: of "stacked", "inp", "out"
     }
     config.optim = {  # Adam
         "lr": 0.0,  # the learning rate; 0: by the method and the model's width
@@ -145,6 +150,7 @@ def check_common(config: Config) -> None:
         raise ValueError(f"config.optim.warmup={config.optim.warmup} must be less than config.steps={config.steps}")
     if config.batch_size % config.accumulate:
         raise ValueError(f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
+    placing.check(config)
 
 
 def schedule(config: Config, rate: float) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ from lora_jax.interop import hf
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
 from train import config as settings
-from train import distill_settings, launch, likelihood, loop, methods, objective, teaching, trained
+from train import distill_settings, launch, likelihood, loop, methods, objective, placing, teaching, trained
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -39,6 +39,7 @@ def main(_: list[str]) -> None:
     train(config, Path(config.run or f"runs/{name}"), name)
 
 
+@placing.on_mesh
 def train(config: settings.Config, folder: Path, name: str) -> None:
     """Trains, evaluates before, during and after, and reports.
 
@@ -61,7 +62,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
     batch, method = packing.batch([[data.lessons[0].student]], data.lengths[0]), config.method
-    base, trainable = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    base, trainable = placing.started(config, model.config, *begun)
     tree = methods.runner(config, model)
     if config.method == "full":
         about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
@@ -85,7 +87,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     tx = methods.optimizer(config, trainable, rate)
     student, master = (Reader(shape, data.learned, config.remat) for shape in (model.config, teacher))
     loss = make_loss(student, master, config.on_policy, config.loss_chunk)
-    step, measure = make_update(loss, both, tx, config.accumulate), jax.jit(loss)
+    optimizer, measure = tx.init(trainable), jax.jit(loss)
+    step = make_update(loss, both, tx, config.accumulate, placing.kept(trainable, optimizer))
     sample = teaching.Sampler(
         methods.applied(decoder.forward_with_cache),
         model.config,
@@ -121,7 +124,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         about=about,
         identity=identity,
         trainable=trainable,
-        optimizer=tx.init(trainable),
+        optimizer=optimizer,
         update=update,
         batches=packing.mix(
             [(data.lessons, 1.0)], 0, config.batch_size, config.seed, write=lambda found, _: list(found)
@@ -139,14 +142,14 @@ def load_teacher(config: settings.Config, model: hf.Checkpoint, dtype: jnp.dtype
       ValueError: its tokens are not the student's.
     """
     own = config.teacher.model
-    found = hf.load(own, dtype) if own else model
+    found = hf.load(own, dtype, places=placing.base(config)) if own else model
     if found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise ValueError(
             f"config.teacher.model={own}: its tokenizer is not that of {config.model}, so that predictions cannot be "
             "compared token by token; take a teacher of the same family"
         )
     if config.teacher.adapter:
-        return found.config, trained.load(Path(config.teacher.adapter), found)
+        return found.config, placing.whole(trained.load(Path(config.teacher.adapter), found))
     return found.config, found.params
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.models import attention, rope
+from lora_jax.models import attention, partition, rope
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.modules import Decoder
 
@@ -92,8 +92,12 @@ def hidden(
     """
     model = _model(params, config)
     _check(prefix, config, tokens_BT.shape[1] if positions_BT is None else 0)
-    x_BTD = _embedded(model.embed.embedding[...][tokens_BT], config)
+    x_BTD = _looked_up(model, tokens_BT, config)
     return model.final_norm(_layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0])
+
+
+def _looked_up(model: Decoder, tokens_BT: jax.Array, config: DecoderConfig) -> jax.Array:
+    return partition.rows(_embedded(partition.table(model.embed.embedding[...])[tokens_BT], config))
 
 
 def _embedded(x: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -136,7 +140,8 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
             mixed = attention.causal(q, k, v, segments_BT, prefix_NKh, window, config.attn_scale, config.attn_cap)
             return mixed, (k, v) if keep else None
 
-        return nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
+        x_BTD, kept = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
+        return partition.rows(x_BTD), kept
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
@@ -273,9 +278,9 @@ def forward_with_cache(
             return attention.masked(q, *seen, config.attn_scale, config.attn_cap), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
-        return (x_BTD, new_k, new_v), None
+        return (partition.rows(x_BTD), new_k, new_v), None
 
-    carry = (_embedded(model.embed.embedding[...][tokens_BT], config), cache["k"], cache["v"])
+    carry = (_looked_up(model, tokens_BT, config), cache["k"], cache["v"])
     (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), _varying(config), prefix))
     last_B = jnp.argmax(positions_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
