@@ -21,7 +21,7 @@ import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
-from lora_jax.models import decoder
+from lora_jax.models import decoder, partition
 from lora_jax.models.config import DecoderConfig
 from train import config as settings
 from train import distill_settings, launch, likelihood, loop, methods, objective, placing, teaching, trained
@@ -195,7 +195,7 @@ def make_loss(student: Reader, teacher: Reader, reverse: bool, chunk: int) -> Ca
 
         tokens = weights_BS.size
         size = min(chunk or tokens, tokens)
-        parts = [_split(x, size) for x in (ours_BSD, theirs_BSD, weights_BS)]
+        parts = [partition.chunks(x, size) for x in (ours_BSD, theirs_BSD, weights_BS)]
         step = jax.checkpoint(part, prevent_cse=False) if size < tokens else part
         total, _ = jax.lax.scan(step, jnp.float32(0), parts)
         return total, jnp.sum(weights_BS), {}
@@ -207,13 +207,6 @@ def divergence(p_NV: jax.Array, q_NV: jax.Array) -> jax.Array:
     """KL(p ‖ q) = Σ_v p (log p - log q) of logits, float32 [N]."""
     log_p_NV, log_q_NV = jax.nn.log_softmax(p_NV), jax.nn.log_softmax(q_NV)
     return jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
-
-
-def _split(x: jax.Array, size: int) -> jax.Array:
-    """[B, S, ...] as parts of `size` tokens, the last filled up with zeros."""
-    x = x.reshape(-1, *x.shape[2:])
-    x = jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, size, *x.shape[1:])
 
 
 def _sample(format: chat.Format, lesson: teaching.Lesson) -> dict[str, str]:

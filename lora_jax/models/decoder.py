@@ -93,7 +93,8 @@ def hidden(
     model = _model(params, config)
     _check(prefix, config, tokens_BT.shape[1] if positions_BT is None else 0)
     x_BTD = _looked_up(model, tokens_BT, config)
-    return model.final_norm(_layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0])
+    x_BTD = _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0]
+    return partition.rows(model.final_norm(x_BTD))
 
 
 def _looked_up(model: Decoder, tokens_BT: jax.Array, config: DecoderConfig) -> jax.Array:

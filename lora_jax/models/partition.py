@@ -7,6 +7,7 @@ it gathers the shards of weights and sums gradients, and nothing else.
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 ROWS = ("data", "fsdp", "expert")  # axes of the mesh along which rows are divided; "tensor" divides what is in a row
@@ -14,10 +15,21 @@ ROWS = ("data", "fsdp", "expert")  # axes of the mesh along which rows are divid
 
 def rows(x: jax.Array) -> jax.Array:
     """x, its first axis divided along `ROWS` and its others whole; as it is, where its rows cannot be divided so."""
-    along = tuple(name for name in _free_axes() if name in ROWS)
-    if not along or x.shape[0] % math.prod(_mesh().shape[name] for name in along):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(along))
+    return _divided(x, 0) if _shares(x) > 1 else x
+
+
+def chunks(x: jax.Array, size: int) -> jax.Array:
+    """The tokens of x, [B, T, ...], in chunks [n, N, ...] of `size` or a little more, the last filled up with zeros.
+
+    A chunk has tokens of every device's rows, so that it is divided as these are.
+    """
+    shares = _shares(x)
+    x = x.reshape(shares, -1, *x.shape[2:])
+    each = -(-size // shares)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % each)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(shares, -1, each, *x.shape[2:]).swapaxes(0, 1)
+    x = x.reshape(x.shape[0], shares * each, *x.shape[3:])
+    return _divided(x, 1) if shares > 1 else x
 
 
 def table(w_VD: jax.Array) -> jax.Array:
@@ -25,6 +37,18 @@ def table(w_VD: jax.Array) -> jax.Array:
     if not _free_axes():
         return w_VD
     return jax.lax.with_sharding_constraint(w_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
+def _divided(x: jax.Array, axis: int) -> jax.Array:
+    along = tuple(name for name in _free_axes() if name in ROWS)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, along))
+
+
+def _shares(x: jax.Array) -> int:
+    """In how many shares the rows of x are divided; 1 where they cannot be."""
+    mesh = _mesh()
+    shares = math.prod(mesh.shape[name] for name in _free_axes() if name in ROWS)
+    return 1 if x.shape[0] % shares else shares
 
 
 def _mesh() -> jax.sharding.AbstractMesh:
