@@ -5,6 +5,8 @@ it gathers the shards of weights and sums gradients, and nothing else.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,19 @@ def chunks(x: jax.Array, size: int) -> jax.Array:
     x = x.reshape(shares, -1, each, *x.shape[2:]).swapaxes(0, 1)
     x = x.reshape(x.shape[0], shares * each, *x.shape[3:])
     return _divided(x, 1) if shares > 1 else x
+
+
+def apart(f: Callable[..., jax.Array], rows: tuple[jax.Array, ...], weights: Any) -> jax.Array:
+    """f(*rows, weights), every device computing its own rows with the whole of the weights along `ROWS`.
+
+    For what XLA cannot divide itself, such as a sort. What f gives for a row must not depend on the others.
+    """
+    if _shares(rows[0]) == 1:
+        return f(*rows, weights)
+    along = tuple(name for name in _free_axes() if name in ROWS)
+    divided = PartitionSpec(along)
+    specs = (*[divided] * len(rows), PartitionSpec())
+    return jax.shard_map(f, in_specs=specs, out_specs=divided, axis_names=set(along), check_vma=False)(*rows, weights)
 
 
 def table(w_VD: jax.Array) -> jax.Array:
