@@ -1,4 +1,4 @@
-"""Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_sharding.py`."""
+"""Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_*.py`."""
 
 import os
 import pathlib
@@ -92,30 +92,30 @@ def test_rules_that_do_not_fit(names, rules, message):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3", "bottleneck", "full"])
 def test_adapters_inherit_from_their_weights(key, method):
-    """Every array is divided along the axes that follow the weight, and no other."""
+    """Every array is divided along the axes that follow the weight, by side or by axis of the mesh, and no other."""
     rank = {} if method in ("ia3", "full") else {"rank": 4}
     sites = lora.trace(f, params(), jnp.ones((3, 128)))
     adapters = lora.init(key, params(), sites, lora.Spec(method=method, target="up|down", **rank))
     mesh = abstract(data=2, tensor=4, fsdp=2)
     specs = {"up": P("data", "fsdp", "tensor"), "down": P("data", "tensor", "fsdp"), "norm": P()}
     everything = sharding.adapter_places(adapters, specs, mesh, ("stacked", "inp", "out"))
-    stacked = sharding.adapter_places(adapters, specs, mesh)
+    stacked = sharding.adapter_places(adapters, specs, mesh, ("stacked",))
+    usual = sharding.adapter_places(adapters, specs, mesh)
     assert jax.tree.structure(everything) == jax.tree.structure(adapters)
     sizes = {2: "data", 128: "fsdp", 512: "tensor", 4: None}
-    for (path, array), place, less in zip(
-        jax.tree_util.tree_leaves_with_path(adapters),
-        jax.tree.leaves(everything),
-        jax.tree.leaves(stacked),
-        strict=True,
+    for (path, array), place, less, most in zip(
+        jax.tree_util.tree_leaves_with_path(adapters), *map(jax.tree.leaves, (everything, stacked, usual)), strict=True
     ):
         own = [None if path[0].key.startswith("/") else sizes[n] for n in array.shape]
         assert place.spec == P(*own)
         first = method == "full"  # a whole leaf has the weight's axes, each standing for itself
         assert less.spec == P(*(axis if axis == "data" or first else None for axis in own))
+        assert most.spec == P(*(axis if axis in ("data", "tensor") or first else None for axis in own))
 
 
 def test_a_word_that_is_no_side(key):
-    with pytest.raises(ValueError, match="along 'stacked', 'inp' or 'out', not 'in'"):
+    message = "along 'stacked', 'inp', 'out', or along the axes data, fsdp, tensor, expert of the mesh, not 'in'"
+    with pytest.raises(ValueError, match=message):
         sharding.adapter_places({}, {}, abstract(), ("in",))
 
 
@@ -133,9 +133,10 @@ def test_blocks_that_cannot_be_divided():
 
 
 @pytest.mark.slow
-def test_on_eight_devices():
+@pytest.mark.parametrize("file", ["eight_devices_sharding.py", "eight_devices_training.py"])
+def test_on_eight_devices(file):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "eight_devices_sharding.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
     run = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, cwd=TESTS.parent, capture_output=True, text=True
     )

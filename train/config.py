@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.data import formats
 from lora_jax.quant import FORMATS
+from lora_jax.sharding import FOLLOW
 from train import placing, trackers
 from train.methods import METHODS
 
@@ -50,7 +51,7 @@ def common() -> Config:
     }
     config.sharding = {  # where on a mesh arrays are; lora_jax/sharding.py
         "rules": (),  # along which of its axes those of the base are divided: (("F", "tensor"), ...); empty: the usual
-        "follow": ("stacked",),  # along which axes adapters are divided as their weights: of "stacked", "inp", "out"
+        "follow": FOLLOW,  # where adapters are divided as their weights: "stacked", "inp", "out", or axes of the mesh
     }
     config.optim = {  # Adam
         "lr": 0.0,  # the learning rate; 0: by the method and the model's width

@@ -50,6 +50,6 @@ def negative_log_likelihood(
 
 
 def largest(weights_BT: jax.Array, learned: int) -> tuple[jax.Array, jax.Array]:
-    """The S largest weights of every row and their places, as `jax.lax.top_k`, which would gather rows of all devices."""
+    """What `jax.lax.top_k` gives, which on a mesh would gather the rows of all devices."""
     index_BS = jnp.argsort(weights_BT, axis=1, descending=True)[:, :learned]
     return jnp.take_along_axis(weights_BT, index_BS, axis=1), index_BS

@@ -180,22 +180,24 @@ def _aligned(shape: Place, dtype: np.dtype) -> np.ndarray:
 def _quantised(
     weight: Weight, dtype: jnp.dtype, how: Choice, stack: Place, shape: Place, where: Quantised | None
 ) -> Quantised:
-    """The same quantised: of a tree of shardings, that of the codes is the weight's."""
-    floats = where and where.codes
+    """The same quantised; of a tree of shardings, that of the codes is the weight's."""
+
+    def put(weight: Weight, stack: Place, where: Quantised | None) -> Quantised:
+        floats = _put(weight, dtype, stack, shape, where and where.codes)
+        if where:  # whole on every device, so that sums over a matrix have the bits of one device's
+            floats = jax.device_put(floats, NamedSharding(where.codes.mesh, PartitionSpec()))
+        # Waiting for each layer keeps the next from being read while this one is still held as floats.
+        return jax.block_until_ready(jax.device_put(quantize_leaf(floats, *how), where))
+
     if not stack:
-        return jax.device_put(quantize_leaf(_put(weight, dtype, stack, shape, floats), *how), where)
-    if floats:
-        floats = NamedSharding(floats.mesh, PartitionSpec(None, *floats.spec[1:]))
+        return put(weight, stack, where)
 
     def one(layer: int) -> Quantised:
-        def at(place: Place, index: keys.Index) -> np.ndarray:
-            return weight((layer, *place[1:]), index)
+        place = jax.tree.map(lambda x: NamedSharding(x.mesh, PartitionSpec(None, *x.spec[1:])), where)
+        return put(lambda place, index: weight((layer, *place[1:]), index), (1, *stack[1:]), place)
 
-        # Waiting for each layer keeps the next from being read while this one is still held as floats.
-        return jax.block_until_ready(quantize_leaf(_put(at, dtype, (1, *stack[1:]), shape, floats), *how))
-
-    layers = [one(layer) for layer in range(stack[0])]
-    return jax.device_put(jax.tree.map(lambda *layer: jnp.concatenate(layer), *layers), where)
+    layers = jax.tree.map(lambda *layer: jnp.concatenate(layer), *map(one, range(stack[0])))
+    return jax.device_put(layers, where)
 
 
 def _stored(shapes: dict[str, Any], chosen: dict[str, Choice]) -> dict[str, Any]:
