@@ -192,9 +192,10 @@ def adapter_places(
         )
 
     def place(path: str, adapter: Adapter) -> Any:
-        spec = () if path.startswith(SHARED) else specs[path]
-        sides = [axis for side in SIDES if side in follow for axis in getattr(adapter.axes, side)]
-        kept = {i: along for i, along in enumerate(spec) if i in sides or along in follow}
+        kept = {}
+        if not path.startswith(SHARED):
+            sides = [axis for side in SIDES if side in follow for axis in getattr(adapter.axes, side)]
+            kept = {axis: along for axis, along in enumerate(specs[path]) if axis in sides or along in follow}
 
         def one(place: Along) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*(kept.get(i) for i in place.axes)))

@@ -1,5 +1,6 @@
 """Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_*.py`."""
 
+import functools
 import os
 import pathlib
 import re
@@ -14,7 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import sharding
+from lora_jax.models import decoder, partition
+from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import quantize
+from train import config as settings
+from train import sft
 
 TESTS = pathlib.Path(__file__).parent
 NAMES = {"up": "L D F", "down": "L F D", "norm": "L D"}
@@ -130,6 +135,55 @@ def test_blocks_that_cannot_be_divided():
     specs = sharding.specs(stored, NAMES, (("D", "fsdp"),), mesh)
     with pytest.raises(ValueError, match=r"'up' \[2, 128, 512\] is quantised, and 2 codes or blocks .* by fsdp=4"):
         sharding.places(stored, specs, mesh)
+
+
+def test_the_decoder_holds_rows_where_there_is_a_mesh_and_only_there():
+    config = DecoderConfig("llama", 64, 32, 64, 2, 4, 4, 8, 64, tied=True)
+    params = jax.eval_shape(functools.partial(decoder.init, config=config), jax.random.key(0))
+
+    def constraints(rows, **sizes):
+        tokens = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
+        with jax.sharding.use_abstract_mesh(abstract(**sizes)):
+            return str(jax.make_jaxpr(lambda p, t: decoder.forward(p, t, config))(params, tokens)).count("constraint[")
+
+    plain = jax.ShapeDtypeStruct((8, 8), jnp.int32)
+    assert "constraint" not in str(jax.make_jaxpr(lambda p, t: decoder.forward(p, t, config))(params, plain))
+    assert constraints(8) == 0  # a mesh of one device
+    assert constraints(8, fsdp=2, tensor=4) == 4  # table, its rows, what leaves a layer, and the last layer
+    assert constraints(7, fsdp=2, tensor=4) == 1  # rows that cannot be divided are XLA's
+    assert partition.ROWS == sharding.BATCH
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        ({"batch_size": 12}, {"data": 2, "fsdp": 4}, "config.batch_size=12 rows cannot be divided over data=2, fsdp=4"),
+        ({"batch_size": 12}, {"fsdp": 8, "tensor": 2}, "fsdp=8 (config.mesh='...'); take a multiple of 8"),
+        (
+            {"batch_size": 8, "accumulate": 2},
+            {"fsdp": 8},
+            "batch_size=8 rows cannot be divided over fsdp=8, accumulate=2 (config.mesh='...'); take a multiple of 16",
+        ),
+        ({"eval": {"batch_size": 6}}, {"expert": 4}, "config.eval.batch_size=6 rows cannot be divided over expert=4"),
+    ],
+)
+def test_rows_that_cannot_be_divided(changes, sizes, message):
+    config = settings.sft()
+    config.data.source, config.mesh = "data.jsonl", "..."
+    settings.check(config)
+    config.update(changes)
+    with jax.sharding.use_abstract_mesh(abstract(**sizes)), pytest.raises(ValueError, match=re.escape(message)):
+        settings.check(config)
+
+
+def test_a_mesh_that_does_not_fit_stops_a_run_before_anything_is_read(tmp_path):
+    config = settings.sft()
+    config.mesh = "fsdp=3"
+    with pytest.raises(
+        ValueError, match=f"mesh 'fsdp=3': its sizes multiply to 3, and there are {jax.device_count()} "
+    ):
+        sft.train(config, tmp_path / "run", "bad")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def check(config: Config) -> None:
     Raises:
       ValueError: naming the setting, and what would do.
     """
-    sizes = jax.sharding.get_mesh().shape
+    sizes = jax.sharding.get_abstract_mesh().shape
     along = {name: sizes[name] for name in sharding.BATCH if sizes.get(name, 1) > 1}
     parts = {"batch_size": config.accumulate, "eval.batch_size": 1}
     for name, count in {"batch_size": config.batch_size, "eval.batch_size": config.eval.get("batch_size", 0)}.items():
