@@ -63,8 +63,9 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, qui
     there, also, other = trained("mesh", mesh="fsdp=2,data=2,tensor=2" if compute == "plain" else "fsdp=4,tensor=2")
     np.testing.assert_allclose(there, numbers, rtol=1e-5)
     assert also == said
-    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(final))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), other, final)
+    # As a whole: Adam divides a gradient by its own size, and so makes as much of one that is next to nothing.
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), other, final)
+    assert float(optax.tree.norm(change)) < 1e-5 * float(optax.tree.norm(final))
     if compute == "plain":
         assert not np.allclose(trained("else", seed=1)[0], numbers, rtol=1e-3)
 
