@@ -192,7 +192,7 @@ def adapter_places(
         )
 
     def place(path: str, adapter: Adapter) -> Any:
-        kept = {}
+        kept: dict[int | None, Any] = {}
         if not path.startswith(SHARED):
             sides = [axis for side in SIDES if side in follow for axis in getattr(adapter.axes, side)]
             kept = {axis: along for axis, along in enumerate(specs[path]) if axis in sides or along in follow}

@@ -2,12 +2,15 @@
 
 import functools
 
+import distill_test
+import dpo_test
 import jax
 import jax.numpy as jnp
 import mesh_steps
 import numpy as np
 import optax
 import pytest
+import rl_test
 import sft_test
 import tiny
 
@@ -16,7 +19,7 @@ from lora_jax import sharding
 from lora_jax.data import packing
 from lora_jax.interop import hf, safetensors
 from lora_jax.models import keys
-from train import loop, methods, objective, placing, sft, update
+from train import distill, dpo, loop, methods, objective, placing, rl, sft, update
 
 SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256}
 
@@ -68,6 +71,23 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, qui
     assert float(optax.tree.norm(change)) < 1e-5 * float(optax.tree.norm(final))
     if compute == "plain":
         assert not np.allclose(trained("else", seed=1)[0], numbers, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trainer", [dpo_test, distill_test, rl_test])
+def test_other_trainers_too(folder, tmp_path, trainer, quick):
+    more = {
+        dpo_test: {"steps": 2, "batch_size": 8},
+        distill_test: {"steps": 2, "batch_size": 8, "on_policy": True},
+        rl_test: {"steps": 1},
+    }[trainer]
+    train = {dpo_test: dpo.train, distill_test: distill.train, rl_test: rl.train}[trainer]
+
+    def trained(name, **changes):
+        train(trainer.configured(folder, tmp_path, **more, **changes), tmp_path / name, name)
+        names = ("loss", "gradient_norm", "heldout_loss", "reward", "heldout_reward", "length")
+        return [line[name] for line in loop.read(tmp_path / name / "metrics.jsonl") for name in names if name in line]
+
+    np.testing.assert_allclose(trained("mesh", mesh="fsdp=4,tensor=2"), trained("one"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("line", ["fsdp=8", "data=2,fsdp=2,tensor=2", "expert=4,data=2"])

@@ -148,7 +148,7 @@ def _put(weight: Weight, dtype: jnp.dtype, stack: Place, shape: Place, where: Na
     whole = (*stack, *shape)
     if where is None:
         return jax.device_put(_filled(weight, dtype, [(0, size) for size in whole], len(stack)))
-    parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    parts: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in where.addressable_devices_indices_map(whole).items():
         bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index or (), whole, strict=True))
         parts.setdefault(bounds, []).append(device)
@@ -177,12 +177,10 @@ def _aligned(shape: Place, dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _quantised(
-    weight: Weight, dtype: jnp.dtype, how: Choice, stack: Place, shape: Place, where: Quantised | None
-) -> Quantised:
+def _quantised(weight: Weight, dtype: jnp.dtype, how: Choice, stack: Place, shape: Place, where: Any) -> Quantised:
     """The same quantised; of a tree of shardings, that of the codes is the weight's."""
 
-    def put(weight: Weight, stack: Place, where: Quantised | None) -> Quantised:
+    def put(weight: Weight, stack: Place, where: Any) -> Quantised:
         floats = _put(weight, dtype, stack, shape, where and where.codes)
         if where:  # whole on every device, so that sums over a matrix have the bits of one device's
             floats = jax.device_put(floats, NamedSharding(where.codes.mesh, PartitionSpec()))
