@@ -91,7 +91,7 @@ def test_other_trainers_too(folder, tmp_path, trainer, quick):
 
 
 @pytest.mark.parametrize("line", ["fsdp=8", "data=2,fsdp=2,tensor=2", "expert=4,data=2"])
-def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts, line):
+def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts, line, quick):
     model = experts if "expert" in line else folder
     rng = np.random.default_rng(0)
     lengths = [5, 12, 20, 7, 11, 3, 9, 16] * 2
