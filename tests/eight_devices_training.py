@@ -74,7 +74,9 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, qui
 
 
 @pytest.mark.parametrize("trainer", [dpo_test, distill_test, rl_test])
-def test_other_trainers_too(folder, tmp_path, trainer, quick):
+def test_other_trainers_too(folder, tmp_path, trainer, quick, monkeypatch):
+    (tmp_path / "tiny_rewards.py").write_text("def plain(answer, entry):\n    return float(len(answer))\n")
+    monkeypatch.syspath_prepend(tmp_path)
     more = {
         dpo_test: {"steps": 2, "batch_size": 8},
         distill_test: {"steps": 2, "batch_size": 8, "on_policy": True},
