@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
@@ -30,7 +30,8 @@ def devices(n):
 
 
 def abstract(**sizes):
-    return AbstractMesh(tuple(sizes.get(name, 1) for name in sharding.AXES), sharding.AXES)
+    auto = (AxisType.Auto,) * len(sharding.AXES)
+    return AbstractMesh(tuple(sizes.get(name, 1) for name in sharding.AXES), sharding.AXES, axis_types=auto)
 
 
 def params():
