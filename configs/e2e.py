@@ -23,7 +23,7 @@ def get_config():
     config.data.heldout = 256
     config.data.length = 256
     config.data.pack = True
-    config.steps = 150
+    config.steps = 100
     config.batch_size = 4
     config.optim.warmup = 10
     config.lora.rank = 16

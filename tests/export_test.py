@@ -181,6 +181,10 @@ def test_refused(model, tmp_path, capsys):
         ({"run": runs["ia3"], "format": "gguf-lora", **new}, "is a IA3, which servers do not take"),
         ({"run": runs["dora"], "out": tmp_path / "taken"}, "taken: is not empty; give --out a new folder"),
         ({"run": runs["dora"], "format": "gguf-lora", "for": "peft", **new}, "--for=peft is for --format=peft"),
+        (
+            {"run": runs["dora"], "fused": "true", "for": "vllm", **new},
+            "--fused is for --for=peft; --for=vllm takes a module",
+        ),
         ({"run": runs["dora"]}, "and --out=FOLDER"),
         ({"run": tmp_path / "taken", **new}, r"taken: neither a run \(no config.json\) nor a PEFT adapter"),
     ):

@@ -19,6 +19,7 @@ COLUMNS = {
     "generation": "test_generation",
     "load and export": "test_load_and_export",
     "adapters and merge": "test_adapters",
+    "PEFT round trip": "test_peft_round_trip",
 }
 HEADER = f"| tiny random model | `model_type` | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 2)}"
 

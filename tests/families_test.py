@@ -10,11 +10,13 @@ import pytest
 import safetensors.numpy
 
 import lora_jax as lora
+from lora_jax.interop import peft
 from lora_jax.interop import safetensors as reader
-from lora_jax.models import decoder, generate
+from lora_jax.models import decoder, generate, keys
 
 tiny_llama = pytest.importorskip("tiny_llama")
 tiny_families = pytest.importorskip("tiny_families")
+tiny_peft = pytest.importorskip("tiny_peft")
 families_matrix = pytest.importorskip("families_matrix")
 LENGTHS, NEW = [3, 9, 6], 12
 forward = jax.jit(decoder.forward, static_argnames="config")
@@ -120,8 +122,8 @@ def test_adapters(made, case):
     projections = {f"layers/{name}_proj/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert set(adapters) == projections | ({"layers/router/kernel"} if config.experts else set())
     leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    adapters = tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    rngs = jax.random.split(jax.random.key(1), len(leaves))
+    adapters = tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(rngs, leaves, strict=True)])
 
     @jax.jit
     def lifted(adapters):
@@ -134,6 +136,25 @@ def test_adapters(made, case):
     assert np.abs(y - jax.jit(f)(params, x)).max() > 1e-2
     for leaf in jax.tree.leaves(gradients):
         assert float(jnp.abs(leaf).max()) > 1e-7 and bool(jnp.all(jnp.isfinite(leaf)))
+
+
+@case_by_case
+def test_peft_round_trip(made, case, tmp_path):
+    """PEFT computes with our files what we compute, and they are read as what was written."""
+    _, config, params = made(case)
+    x = tokens(2, 8)
+    sites = lora.trace(functools.partial(decoder.forward, config=config), params, x)
+    fused = [key.path for key in keys.table(config) if "|" in key.file_axes]
+    adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2, alpha=3, exclude=fused))
+    leaves, tree = jax.tree.flatten(adapters)
+    rngs = jax.random.split(jax.random.key(1), len(leaves))
+    adapters = tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(rngs, leaves, strict=True)])
+    ours = lora.lift(decoder.forward)(lora.attach(params, adapters), x, config)
+    peft.save(tmp_path, adapters, config, params)
+    tiny_peft.same(peft.load(tmp_path, config, params), adapters)
+    theirs = tiny_llama.logits(tiny_peft.peft.PeftModel.from_pretrained(tiny_families.make(case), tmp_path).eval(), x)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1.0, float(jnp.abs(ours).max())))
+    assert np.abs(theirs - np.array(tiny_families.logits(case, x))).max() > 0.05
 
 
 def test_docs_have_the_cases_and_tests():

@@ -46,7 +46,7 @@ def test_greedy_tokens_are_equal(name, tmp_path):
         folder = tiny.write(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
         path, scale, target = tiny_gguf.write(tmp_path / "model.gguf", folder), 4.0, "_proj|embed|head"
     else:
-        path, scale, target = hf.packaged(), 0.01, "_proj"
+        path, scale, target = hf.packaged(), 1.0, "_proj"
     model = hf.load(path)
     prompt = model.tokenizer.encode(PROMPT).ids
     adapters = adapted(model, scale, target)

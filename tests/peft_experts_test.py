@@ -1,6 +1,7 @@
-"""Adapters of experts: PEFT's fused layout is read, a module for each expert is written, and both compute the same."""
+"""Adapters of experts in both of PEFT's layouts, one parameter for all or a module each: read, written, the same."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,14 @@ CASES = {
     "one": ["experts.gate_up_proj"],
     "a layer": ["model.layers.1.mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
     "down": ["mlp.experts.down_proj"],
+}
+SPECS = {
+    "ranks and scales": [
+        lora.Rule("up_proj", rank=2, alpha=3),
+        lora.Rule("down_proj", rank=1),
+        lora.Rule("q_proj|gate_proj", rank=3),
+    ],
+    "up alone": [lora.Rule("up_proj", rank=2)],
 }
 GATE, DOWN = "layers/gate_proj/kernel", "layers/down_proj/kernel"
 
@@ -54,6 +63,10 @@ def test_fused_experts_are_read(case, family, model, tmp_path):
     np.testing.assert_allclose(tiny_peft.our_logits(params, adapters, config), wanted, atol=1e-4)
     assert np.abs(wanted - plain).max() > 0.05
     assert (GATE in adapters, DOWN in adapters) == (case != "down", case != "one")
+    peft.save(tmp_path / "again", adapters, config, params, fused=True)
+    first, again = tiny_peft.tensors(tmp_path / "theirs"), tiny_peft.tensors(tmp_path / "again")
+    assert first.keys() == again.keys()
+    assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
 def test_experts_are_written_one_by_one(family, model, tmp_path):
@@ -72,6 +85,33 @@ def test_experts_are_written_one_by_one(family, model, tmp_path):
     np.testing.assert_allclose(theirs_with(family, tmp_path / "ours"), ours, atol=1e-4)
     plain = decoder.forward(params, jnp.array(tiny_peft.texts()), config)
     assert np.abs(ours - plain).max() > 0.05
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_experts_are_written_as_one_parameter(case, family, model, tmp_path):
+    _, config, params = model
+    sites = lora.trace(decoder.forward, params, jnp.zeros((1, 8), jnp.int32), config)
+    spec = lora.Spec(*SPECS[case])
+    adapters = lora.init(jax.random.key(0), params, sites, spec)
+    adapters = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), adapters)
+    ours = tiny_peft.our_logits(params, adapters, config)
+    peft.save(tmp_path / "ours", adapters, config, params, fused=True)
+    np.testing.assert_allclose(theirs_with(family, tmp_path / "ours"), ours, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every pattern means something
+        again = peft.load(tmp_path / "ours", config, params)
+    np.testing.assert_allclose(tiny_peft.our_logits(params, again, config), ours, atol=1e-4)
+    plain = decoder.forward(params, jnp.array(tiny_peft.texts()), config)
+    assert np.abs(ours - plain).max() > 0.05
+
+
+def test_what_peft_lacks_for_fused_experts_is_refused(model, tmp_path):
+    _, config, params = model
+    sites = lora.trace(decoder.forward, params, jnp.zeros((1, 8), jnp.int32), config)
+    for rule, what in (({"method": "dora"}, "DoRA"), ({"dropout": 0.1}, "dropout")):
+        adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2, target="up_proj", **rule))
+        with pytest.raises(ValueError, match=f"PEFT has no {what} for fused experts such as 'layers/up_proj/kernel'"):
+            peft.save(tmp_path / "ours", adapters, config, params, fused=True)
 
 
 def test_gate_without_up_is_written_with_zeros_for_servers(model, tmp_path):

@@ -11,7 +11,7 @@ import tiny
 from lora_jax.data import packing
 from lora_jax.interop import hf
 from train import config as settings
-from train import examples, launch, preview
+from train import distill_settings, dpo_settings, examples, launch, preview, rl_settings
 
 FORMAT = template_test.tiny_format(tiny.CHATML)
 LINES = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(6) for b in range(6)]
@@ -104,3 +104,59 @@ def test_an_unwritable_run_folder(model, tmp_path):
     (tmp_path / "run").write_text("a file is in the way")
     with pytest.raises(OSError, match=r"lengths.png: cannot be written \(.*\); config.run says where"):
         shown(configured(model, tmp_path), tmp_path / "run")
+
+
+PAIRS = [
+    {"prompt": f"{a} + {b}", "chosen": f"it is {a + b}", "rejected": f"it was {a}"} for a in range(4) for b in range(4)
+]
+JUDGED = [
+    {"prompt": pair["prompt"], "completion": pair[which], "label": which == "chosen"}
+    for pair in PAIRS
+    for which in ("chosen", "rejected")
+]
+TASKS = [{"prompt": f"{a} + {b}", "answer": f"is {a + b}"} for a in range(4) for b in range(4)]
+
+
+def other(trainer, model, tmp_path):
+    """The config of another trainer, over a dozen records of its kind."""
+    made = {
+        "pairs": dpo_settings.dpo,
+        "kto": dpo_settings.dpo,
+        "rl": rl_settings.rl,
+        "distill": distill_settings.distill,
+    }
+    config = made[trainer]()
+    config.model = str(model)
+    lines = {"rl": TASKS, "distill": LINES, "kto": JUDGED}.get(trainer, PAIRS)
+    config.data.source, config.data.heldout = str(tiny.write_jsonl(tmp_path / "data.jsonl", lines)), 4
+    config.batch_size = 2
+    if trainer == "kto":
+        config.loss = "kto"
+    if trainer == "rl":
+        config.sampler.prompts = config.sampler.samples = 2
+    if trainer == "distill":
+        config.teacher.system = "be right"
+    return config
+
+
+@pytest.mark.parametrize(
+    ("trainer", "titles", "once"),
+    [
+        ("pairs", ["row 1 of the first batch: better", "row 2 of the first batch: worse"], "it was"),
+        ("kto", ["row 1 of the first batch: judged", "row 2 of the first batch: judged"], "it "),
+        ("rl", ["prompt 1, and what is right"], "┃ is"),
+        ("distill", ["lesson 1, as the student reads it", "lesson 1, as the teacher reads it"], "be right"),
+    ],
+)
+def test_what_other_trainers_take(trainer, titles, once, model, tmp_path):
+    said = shown(other(trainer, model, tmp_path), tmp_path / "run")
+    assert all(title in said for title in titles) and once in said
+    assert "held out" in said and (tmp_path / "run" / preview.PICTURE).is_file()
+
+
+@pytest.mark.parametrize("trainer", ["pairs", "rl"])
+def test_what_other_trainers_refuse_is_refused(trainer, model, tmp_path):
+    config = other(trainer, model, tmp_path)
+    tiny.write_jsonl(tmp_path / "data.jsonl", [*(PAIRS if trainer == "pairs" else TASKS), {"prompt": "one"}])
+    with pytest.raises(launch.MISTAKES, match=r"data.jsonl:17"):
+        shown(config, tmp_path / "run")

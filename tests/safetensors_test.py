@@ -142,6 +142,15 @@ def narrow(folder):
     rewrite(folder, change)
 
 
+def spoil_a_value(value, dtype):
+    def change(values):
+        name = "model.layers.1.mlp.up_proj.weight"
+        values[name] = values[name].astype(dtype)
+        values[name][3, 5] = value
+
+    return lambda folder: rewrite(folder, change)
+
+
 def lose_shard(folder):
     shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -164,6 +173,8 @@ BROKEN = {
     "empty weights": (write_file(reader.WEIGHTS, ""), ValueError, "not a whole safetensors file"),
     "tensor missing": (drop, ValueError, r"tensor model.layers.1.mlp.up_proj.weight \[48, 32\] is missing"),
     "wrong shape": (narrow, ValueError, r"up_proj.weight has shape \[40, 32\] where .* asks for \[48, 32\]"),
+    "NaN": (spoil_a_value(np.nan, np.float32), ValueError, "up_proj.weight has values that are not finite"),
+    "infinite": (spoil_a_value(-np.inf, jnp.bfloat16), ValueError, "up_proj.weight has values that are not finite"),
     "shard missing": (lose_shard, FileNotFoundError, "model-00002-of-00003.safetensors: no such file"),
     "wrong shard": (wrong_shard, ValueError, "00002-of-00003.safetensors: cannot read tensor .* download the file"),
     "empty index": (write_file(reader.INDEX, "{}"), ValueError, "index.json: has no weight_map"),
@@ -178,6 +189,14 @@ def test_broken_folder(folder, spoil, error, message):
         reader.load(folder, jnp.float32)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_large_values_are_finite(folder):
+    def change(values):
+        values["model.layers.1.mlp.up_proj.weight"][:2] = 3e38  # their sum is not
+
+    rewrite(folder, change)
+    assert reader.load(folder, jnp.float32)[1]["layers"]["up_proj"]["kernel"].max() == np.float32(3e38)
 
 
 UNSUPPORTED = {

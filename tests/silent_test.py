@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_trainer
 
 import lora_jax as lora
+from lora_jax import checkpoint
 from lora_jax.interop import safetensors
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
@@ -25,6 +27,15 @@ def test_experts_are_among_all_linear_weights_and_leaving_them_out_has_to_be_sai
     assert not experts & set(lora.init(jax.random.key(0), params, sites, without))
     text = str(lora.report(*arguments, spec=without))
     assert "layers/q_proj/kernel" in text and "layers/up_proj/kernel" not in text
+
+
+def test_a_run_that_trains_nothing_ends_at_its_first_step(tmp_path):
+    config = tiny_trainer.configured(steps=3, checkpoint__every=1)
+    with pytest.raises(ValueError, match=r"step 1: the loss is .* and no gradient reaches what is trained"):
+        tiny_trainer.train(config, tmp_path / "stuck", stuck=True)
+    assert not checkpoint.newest(tmp_path / "stuck/checkpoints")
+    tiny_trainer.train(config, tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run/checkpoints") == 3
 
 
 def test_also_entries_that_match_nothing_name_the_nearest(tmp_path):

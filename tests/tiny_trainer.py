@@ -50,12 +50,14 @@ class Batches:
         self.next = state["next"]
 
 
-def train(config, folder, evaluations=None, fail_at=None, added=None, without=(), seconds=0.0, signal_at=(0, 0)):
-    """Trains; `evaluations[step]` stands for the held-out loss, and the update of `fail_at` raises."""
+def train(
+    config, folder, evaluations=None, fail_at=None, added=None, without=(), seconds=0.0, signal_at=(0, 0), stuck=False
+):
+    """Trains; `evaluations[step]` is the held-out loss, the update of `fail_at` raises, `stuck` has no gradient."""
     tx = optax.adam(config.optim.lr)
 
     def loss(tree, batch):
-        w = tree["w"]
+        w = jax.lax.stop_gradient(tree["w"]) if stuck else tree["w"]
         value = jnp.mean((w - batch["target"]) ** 2) + batch["added"].sum() * (1 + 0 * w.sum())
         return value, jnp.float32(1), {"seen": batch["seen"].sum().astype(jnp.float32)}
 

@@ -24,6 +24,7 @@ FORMAT = flags.DEFINE_enum("format", "peft", ("peft", "merged", "gguf-lora"), "w
 SERVER = flags.DEFINE_enum("for", "any", ("peft", *portable.SERVERS), "what will read an adapter")
 OUT = flags.DEFINE_string("out", "", "folder to write, new or empty")
 RANK = flags.DEFINE_integer("rank", 0, "most that an adapter's rank may be, by SVD; 0: what it takes", lower_bound=0)
+FUSED = flags.DEFINE_bool("fused", False, "write a layer's experts as one parameter, where a mixture is for PEFT")
 DTYPE = flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16", "float16"), "of a merged model; empty: its base's")
 ADAPTER = "adapter.gguf"
 
@@ -34,6 +35,8 @@ def main(_: list[str]) -> None:
         raise ValueError("give --run=FOLDER, what was trained, and --out=FOLDER, where to write")
     if FORMAT.value != "peft" and SERVER.value == "peft":
         raise ValueError(f"--for=peft is for --format=peft, not {FORMAT.value}")
+    if FUSED.value and SERVER.value != "peft":
+        raise ValueError(f"--fused is for --for=peft; --for={SERVER.value} takes a module for each expert")
     out = Path(OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not empty; give --out a new folder")
@@ -64,7 +67,7 @@ def _merged(found: source.Source, out: Path) -> list[str]:
 def _peft(found: source.Source, out: Path) -> list[str]:
     """The adapter, as it is or in the form that servers read."""
     if SERVER.value == "peft":
-        peft.save(out, _adapters(found), found.config, found.params, found.card)
+        peft.save(out, _adapters(found), found.config, found.params, found.card, fused=FUSED.value)
         return []
     ready = _portable(found, SERVER.value)
     peft.save(out, ready.adapters, found.config, found.params, found.card, uniform=True)

@@ -117,6 +117,8 @@ def run(
             data = batches.get_state()
             batch = progress.fetch(batches)  # while the device computes
             numbers = {name: float(value) for name, value in out.items()}
+            if step == 1:
+                watch.check_first(numbers)
             if wrong := guard.judge(numbers):
                 if before is None or not guard.undo():
                     raise FloatingPointError(

@@ -61,6 +61,15 @@ class Guard:
         return self.skip and self.row < IN_A_ROW
 
 
+def check_first(numbers: dict[str, float]) -> None:
+    """Raises ValueError if a run's first step moves nothing: its loss has no gradient."""
+    if numbers["loss"] and numbers.get("gradient_norm") == 0:
+        raise ValueError(
+            f"step 1: the loss is {numbers['loss']:.4g}, and no gradient reaches what is trained: nothing would be "
+            "learned; choose other targets, or factors of which one does not start at zero"
+        )
+
+
 class Best:
     """The best evaluation so far, and whether there was none better for long.
 

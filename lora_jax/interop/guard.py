@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_jax.models import keys
 from lora_jax.models.config import DecoderConfig
 
@@ -42,6 +44,12 @@ def held(config: DecoderConfig, nbytes: int, path: Path) -> None:
         raise ValueError(f"{path}: a size of the model is no number, or less than 1; download the file again")
     if (count := sum(map(math.prod, sizes))) > 8 * nbytes:  # no format takes less than a bit
         raise ValueError(f"{path}: asks for {count:,} parameters, and the files beside it have {nbytes:,} bytes")
+
+
+def finite(x: np.ndarray) -> bool:
+    """Whether no value is infinite or none; as fast as a sum in float32, which is not finite if one of them is not."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return bool(np.isfinite(np.add.reduce(x, None, np.float32)) or np.isfinite(x).all())
 
 
 def inside(folder: Path, name: Any, path: Path) -> Path:

@@ -6,7 +6,7 @@ so that its tensors lie one level deeper (`base_layer`) where `down_proj` is ada
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from lora_jax.interop.peft_layout import PREFIX
 from lora_jax.interop.peft_reader import Reader
 from lora_jax.methods import LoRA
 from lora_jax.models import keys
+from lora_jax.models.config import DecoderConfig
 from lora_jax.tree import nearest
 
 PARAMETERS = {
@@ -40,6 +41,17 @@ class Fused(NamedTuple):
     modules: dict[int, str]
 
 
+def names(config: DecoderConfig) -> dict[str, tuple[str, int]]:
+    """The full names of a decoder's arrays of experts: which of `PARAMETERS` each is, and of which layer."""
+    expert = {key.path for key in keys.table(config) if key.hf.count("{}") > 1}
+    return {
+        f"model.layers.{layer}.mlp.experts.{name}": (name, layer)
+        for name, paths in PARAMETERS.items()
+        for layer in range(config.layers)
+        if expert.issuperset(paths)
+    }
+
+
 def fused(reader: Reader, sizes: Callable[[str], tuple[int, float, float]]) -> Callable[[], dict[str, Any]]:
     """The adapters of what a config's `target_parameters` names among experts.
 
@@ -53,24 +65,17 @@ def fused(reader: Reader, sizes: Callable[[str], tuple[int, float, float]]) -> C
     Raises:
       ValueError: an entry names nothing of the kind, or ranks differ between layers.
     """
-    table = {key.path: key for key in keys.table(reader.config)}
-    expert = {path for path, key in table.items() if key.hf.count("{}") > 1}
-    names = {
-        f"model.layers.{layer}.mlp.experts.{name}": (name, layer)
-        for name in PARAMETERS
-        for layer in range(reader.config.layers)
-        if expert.issuperset(PARAMETERS[name])
-    }
+    table, every = {key.path: key for key in keys.table(reader.config)}, names(reader.config)
     wanted: dict[str, dict[int, str]] = {name: {} for name in PARAMETERS}
     for entry in reader.settings.parameters():
-        found = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        found = [name for name in every if name == entry or name.endswith(f".{entry}")]
         if not found:
             raise ValueError(
                 f"{reader.settings.path}: {entry!r} of target_parameters is no parameter of this model's experts; "
-                f"nearest: {nearest(entry, names)}"
+                f"nearest: {nearest(entry, every)}"
             )
         for name in found:
-            parameter, layer = names[name]
+            parameter, layer = every[name]
             wanted[parameter][layer] = name
     parameters = [
         _parameter(reader, name, layers, [table[path] for path in PARAMETERS[name]], wanted["down_proj"], sizes)
@@ -82,6 +87,93 @@ def fused(reader: Reader, sizes: Callable[[str], tuple[int, float, float]]) -> C
         return {path: lora for one in parameters for path, lora in _read(reader, one).items()}
 
     return make
+
+
+class Written(NamedTuple):
+    """Adapters of fused experts as a file has them.
+
+    Attributes:
+      tensors: by name.
+      sizes: rank and γ of each parameter, by its full name.
+      targets: what `target_parameters` says.
+    """
+
+    tensors: dict[str, np.ndarray]
+    sizes: dict[str, tuple[int, float]]
+    targets: list[str]
+
+
+def write(adapters: Mapping[str, LoRA], config: DecoderConfig) -> Written:
+    """What PEFT keeps for adapters of experts where all experts of a layer are one array.
+
+    Gate and up have one A in files. Where they have one here, it is written; where each has its own, A = [a_g a_u] and
+    B = diag(b_g, b_u), of rank R_g + R_u, is the same. A layer whose factors are all zero is left out.
+
+    Args:
+      adapters: `{path: adapter}` of kernels of experts, with all of their stacked axes.
+      config: of the decoder that they are for.
+    """
+    table = {key.path: key for key in keys.table(config)}
+    arrays = {
+        name: _together([table[path] for path in paths], adapters, config)
+        for name, paths in PARAMETERS.items()
+        if any(path in adapters for path in paths)
+    }
+    busy = {
+        name: [bool(a_l.any() or b_l.any()) for a_l, b_l in zip(a, b, strict=True)]
+        for name, (a, b, _) in arrays.items()
+    }
+    found = Written({}, {}, [])
+    for name, (a, b, scale) in arrays.items():
+        modules = [f"model.layers.{layer}.mlp.experts" for layer in range(config.layers)]
+        for layer, module in enumerate(modules):
+            if not busy[name][layer]:
+                continue
+            found.sizes[f"{module}.{name}"] = (a.shape[2], scale)
+            deeper = (
+                ".base_layer"
+                if name == "gate_up_proj" and busy.get("down_proj", [False] * config.layers)[layer]
+                else ""
+            )
+            stem = f"{PREFIX}{module}{deeper}"
+            found.tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, a.shape[-1]))
+            found.tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(
+                b[layer].transpose(1, 2, 0).reshape(b.shape[2], -1)
+            )
+        own = [f"{module}.{name}" for module in modules if f"{module}.{name}" in found.sizes]
+        found.targets.extend([f"mlp.experts.{name}"] if len(own) == config.layers else own)
+    return found
+
+
+def _together(
+    table: list[keys.Key], adapters: Mapping[str, LoRA], config: DecoderConfig
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """a [L, E, R, in] and b [L, E, out, R] of what is one array in files, and their γ."""
+    stack = keys.stack(table[0], config)
+    pairs = []
+    for key in table:
+        lora = adapters.get(key.path)
+        if lora is not None:
+            a, b = (
+                layout.to_file(x, part, getattr(lora.axes, part.side), key, config)
+                for x, part in zip((lora.a, lora.b), layout.LORA, strict=True)
+            )
+            pairs.append((a, b, lora.scale))
+        else:
+            pairs.append(None)
+    first, scale = next((a, scale) for a, _, scale in filter(None, pairs))
+    one = all(pair is None or (pair[2] == scale and np.array_equal(pair[0], first)) for pair in pairs)
+    rank = first.shape[1] if one else sum(pair[0].shape[1] for pair in pairs if pair)
+    rows, before = [], 0
+    for key, pair in zip(table, pairs, strict=True):
+        b = np.zeros((math.prod(stack), math.prod(layout.sizes(key, config, "out")), rank), np.float32)
+        if pair:
+            b[:, :, before : before + pair[1].shape[2]] = pair[1] * np.float32(pair[2] / scale)
+            before += 0 if one else pair[1].shape[2]
+        rows.append(b)
+    a = first if one else np.concatenate([pair[0] for pair in pairs if pair], 1)
+    b = np.concatenate(rows, 1)
+    return a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:]), scale
 
 
 def _parameter(

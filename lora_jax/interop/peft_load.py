@@ -146,7 +146,7 @@ def _sizes(reader: Reader, name: str) -> tuple[int, float, float]:
 
 def _lora(reader: Reader, targets: list[str]) -> Callable[[], dict[str, Any]]:
     s = reader.settings
-    s.check_patterns(targets)
+    s.check_patterns([*targets, *peft_experts.names(reader.config)] if s.parameters() else targets)
     sizes = {name: _sizes(reader, name) for name in targets}
     ranks, scales = {name: size[0] for name, size in sizes.items()}, {name: size[1] for name, size in sizes.items()}
     dora = bool(s.values.get("use_dora"))

@@ -14,7 +14,7 @@ import safetensors.numpy
 from lora_jax.adapters import Adapter, check
 from lora_jax.fingerprint import fingerprint
 from lora_jax.grouping import written_out
-from lora_jax.interop import peft_config, peft_soft
+from lora_jax.interop import peft_config, peft_experts, peft_soft
 from lora_jax.interop import peft_layout as layout
 from lora_jax.interop.card import Card
 from lora_jax.interop.peft_file import WEIGHTS
@@ -37,6 +37,7 @@ def save(
     params: Any,
     card: Card | None = None,
     uniform: bool = False,
+    fused: bool = False,
 ) -> None:
     """Writes adapters as PEFT does, with the fingerprint of their base and a model card.
 
@@ -51,6 +52,7 @@ def save(
       params: the decoder's.
       card: what is known of them.
       uniform: write every layer at its full rank, those of zeros too: files without patterns, as servers ask for.
+      fused: write the experts of a layer as one parameter (`target_parameters`), not as a module for each.
 
     Raises:
       ValueError: the adapters are not the decoder's, are not finite, or PEFT has nothing that computes the same.
@@ -59,7 +61,7 @@ def save(
     if isinstance(adapters, Prompt | Prefix):
         tensors, settings = peft_soft.write(adapters, config)
     else:
-        writer = _Writer(adapters, config, leaves_by_path(params), uniform)
+        writer = _Writer(adapters, config, leaves_by_path(params), uniform, fused)
         tensors, settings = writer.tensors, writer.settings()
     for name, x in tensors.items():
         if not np.isfinite(x).all():
@@ -76,7 +78,14 @@ def save(
 class _Writer:
     """Collects the tensors of adapters, and what the config has to say of them."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], config: DecoderConfig, base: Mapping[str, Any], uniform: bool):
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        config: DecoderConfig,
+        base: Mapping[str, Any],
+        uniform: bool,
+        fused: bool,
+    ):
         self.config, self.base, self.adapters, self.uniform = config, base, adapters, uniform
         self.table = {key.path: key for key in keys.table(config)}
         self.modules = layout.modules(config)
@@ -87,6 +96,7 @@ class _Writer:
         self.forward: list[str] = []  # modules whose input IA³ rescales
         self.biases: dict[str, np.ndarray] = {}  # that are trained
         self.rows: dict[str, list[int]] = {}
+        self.experts = peft_experts.Written({}, {}, [])
         own = {path: adapter for path, adapter in adapters.items() if path != PROJECTIONS}
         if unknown := [path for path in own if path not in self.table]:
             raise ValueError(
@@ -109,7 +119,13 @@ class _Writer:
             raise ValueError("PEFT saves whole parameters beside adapters only, and there are none: merge them instead")
         for path, adapter in own.items():
             check(adapter, path, base[path].shape)
-            self._add(self.table[path], path, adapter)
+        # With experts as one parameter, theirs are written together.
+        experts = {path for path in own if fused and self.table[path].hf.count("{}") > 1}
+        for path, adapter in own.items():
+            if path not in experts:
+                self._add(self.table[path], path, adapter)
+        if experts:
+            self._fused({path: own[path] for path in experts})
         if self.kind == "VERA":
             self._projections()
         self.bias = self._biases() if self.biases else "none"
@@ -128,21 +144,20 @@ class _Writer:
             return {**shared, "feedforward_modules": self._named(self.forward), "fan_in_fan_out": False}
         if len(self.dropouts) > 1:
             warnings.warn(f"PEFT has one dropout: of {sorted(self.dropouts)} the largest is written", stacklevel=3)
-        dropout, rank = (
-            max(self.dropouts),
-            collections.Counter(r for r, _ in self.adapted.values()).most_common(1)[0][0],
-        )
+        sizes = self.adapted | self.experts.sizes
+        dropout, rank = max(self.dropouts), collections.Counter(r for r, _ in sizes.values()).most_common(1)[0][0]
         if self.kind == "VERA":
             return {**shared, "r": rank, "vera_dropout": dropout, "save_projection": True, "bias": self.bias}
-        alphas = {name: _alpha(scale, r) for name, (r, scale) in self.adapted.items()}
+        alphas = {name: _alpha(scale, r) for name, (r, scale) in sizes.items()}
         alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
         return {
             **shared,
             **{"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": self.bias},
             **{"use_rslora": False, "use_dora": self.dora, "fan_in_fan_out": False, "init_lora_weights": True},
-            "rank_pattern": self._patterns({name: r for name, (r, _) in self.adapted.items() if r != rank}),
+            "rank_pattern": self._patterns({name: r for name, (r, _) in sizes.items() if r != rank}),
             "alpha_pattern": self._patterns({name: value for name, value in alphas.items() if value != alpha}),
             "trainable_token_indices": self.rows or None,
+            **({"target_parameters": self.experts.targets} if self.experts.targets else {}),
         }
 
     def _add(self, key: keys.Key, path: str, adapter: Any) -> None:
@@ -180,12 +195,18 @@ class _Writer:
             if layout.embedding(key):
                 raise ValueError(f"PEFT's DoRA of an embedding computes something else: {path!r} is not written")
             lora, parts = adapter.lora, layout.DORA
-        if isinstance(lora, AdaLoRA):
-            b = lora.b * lora.e.reshape(*lora.e.shape[:-1], *[1] * len(lora.axes.out), lora.e.shape[-1])
-            lora = LoRA(lora.a, b, lora.scale, lora.axes, lora.dropout)
-        lora = written_out(path, lora)
+        lora = _plain(path, lora)
         arrays = {"a": lora.a, "b": lora.b} | ({"m": adapter.m} if self.dora else {})
         self._put(key, names, lora, arrays, parts, (lora.scale, lora.dropout))
+
+    def _fused(self, experts: Mapping[str, Any]) -> None:
+        for path, adapter in experts.items():
+            if not isinstance(adapter, LoRA | AdaLoRA) or adapter.dropout:
+                what = type(adapter).__name__ if not isinstance(adapter, LoRA | AdaLoRA) else "dropout"
+                raise ValueError(f"PEFT has no {what} for fused experts such as {path!r}: write a module for each")
+        self.experts = peft_experts.write({path: _plain(path, x) for path, x in experts.items()}, self.config)
+        self.tensors |= self.experts.tensors
+        self.dropouts.add(0.0)
 
     def _put(
         self,
@@ -252,14 +273,22 @@ class _Writer:
 
     def _patterns(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A pattern for each value, and for each module of a weight where its layers differ."""
-        found = {}
-        for key in dict.fromkeys(self.modules[name].key for name in values):
+        found = {name: value for name, value in values.items() if name in self.experts.sizes}
+        for key in dict.fromkeys(self.modules[name].key for name in values if name in self.modules):
             own = [name for name in self.adapted if self.modules[name].key == key]
             if len({values.get(name) for name in own}) == 1:
                 found |= dict.fromkeys(self._named(own), values[own[0]])
             else:
                 found |= {name: values[name] for name in own if name in values}
         return found
+
+
+def _plain(path: str, adapter: Any) -> LoRA:
+    """The two factors of an adapter, with its singular values in `b`."""
+    if isinstance(adapter, AdaLoRA):
+        b = adapter.b * adapter.e.reshape(*adapter.e.shape[:-1], *[1] * len(adapter.axes.out), adapter.e.shape[-1])
+        adapter = LoRA(adapter.a, b, adapter.scale, adapter.axes, adapter.dropout)
+    return written_out(path, adapter)
 
 
 def _ranks(arrays: Mapping[Part, np.ndarray], uniform: bool) -> list[int]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.interop import guard
 from lora_jax.models import decoder, keys
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quant import Quantised, quantize_leaf
@@ -54,7 +55,7 @@ def read(
       Nested dict of arrays, and of `Quantised` weights where rules ask for them.
 
     Raises:
-      ValueError: a tensor is missing or has the wrong shape, or a rule is wrong.
+      ValueError: a tensor is missing, has the wrong shape or is not finite, or a rule is wrong.
     """
     shapes = jax.eval_shape(functools.partial(decoder.init, config=config, dtype=dtype), jax.random.key(0))
     chosen = {} if quantize is None else choose(_sites(config, shapes), quantize)
@@ -140,7 +141,10 @@ def _weight(
             f"{source}: tensor {name} has shape {list(x.shape)} where the config asks for "
             f"{list(expected)}; use the config.json this file came with"
         )
-    return keys.from_file(x, key, config, index)
+    part = keys.from_file(x, key, config, index)
+    if not guard.finite(part):
+        raise ValueError(f"{source}: tensor {name} has values that are not finite; download the file again")
+    return part
 
 
 def _put(weight: Weight, dtype: jnp.dtype, stack: Place, shape: Place, where: NamedSharding | None) -> jax.Array:
