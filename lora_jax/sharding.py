@@ -28,6 +28,8 @@ RULES = (
     ("V", "tensor"),
     ("D", "fsdp"),
 )
+SIDES = ("stacked", "inp", "out")
+FOLLOW = ("stacked", "tensor")
 
 Specs = Mapping[str, PartitionSpec]
 
@@ -163,18 +165,19 @@ def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:
 
 
 def adapter_places(
-    adapters: Mapping[str, Adapter], specs: Specs, mesh: Mesh, follow: Sequence[str] = ("stacked",)
+    adapters: Mapping[str, Adapter], specs: Specs, mesh: Mesh, follow: Sequence[str] = FOLLOW
 ) -> dict[str, Any]:
     """Where every array of the adapters is: divided as its weight along the axes that follow it, whole along others.
 
-    Following only the stacked axes (experts), a and b are on every device, and a gradient is summed over all. What
-    follows "inp" or "out" as well takes less memory, and its products more exchange between devices.
+    Along stacked axes (experts) and what "tensor" divides, each device has the part that it computes with. Along
+    "fsdp" every device has all, and a gradient is summed. What follows "inp" and "out" as well takes less memory, and
+    is gathered for every product. `docs/scale.md` counts what each exchanges.
 
     Args:
       adapters: `{path: adapter}`.
       specs: of the weights, from `specs`.
       mesh: from `mesh`.
-      follow: which of "stacked", "inp" and "out" follow the weight.
+      follow: which follow the weight: its axes "stacked", "inp" or "out", or what an axis of the mesh divides.
 
     Returns:
       A tree of `NamedSharding`.
@@ -182,14 +185,20 @@ def adapter_places(
     Raises:
       ValueError: if `follow` has another word.
     """
-    if other := [group for group in follow if group not in ("stacked", "inp", "out")]:
-        raise ValueError(f"adapters follow their weights along 'stacked', 'inp' or 'out', not {other[0]!r}")
+    if other := [word for word in follow if word not in (*SIDES, *mesh.shape)]:
+        raise ValueError(
+            f"adapters follow their weights along {', '.join(map(repr, SIDES))}, or along the axes "
+            f"{', '.join(mesh.shape)} of the mesh, not {other[0]!r}"
+        )
 
     def place(path: str, adapter: Adapter) -> Any:
-        follows = [] if path.startswith(SHARED) else [axis for group in follow for axis in getattr(adapter.axes, group)]
+        kept: dict[int | None, Any] = {}
+        if not path.startswith(SHARED):
+            sides = [axis for side in SIDES if side in follow for axis in getattr(adapter.axes, side)]
+            kept = {axis: along for axis, along in enumerate(specs[path]) if axis in sides or along in follow}
 
         def one(place: Along) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(specs[path][i] if i in follows else None for i in place.axes)))
+            return NamedSharding(mesh, PartitionSpec(*(kept.get(i) for i in place.axes)))
 
         return jax.tree.map(one, adapter.layout(), is_leaf=lambda node: isinstance(node, Along))
 

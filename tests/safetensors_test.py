@@ -56,6 +56,34 @@ def test_written_back_every_tensor_is_bit_identical(folder):
     assert seen == set(files)
 
 
+class Asked:
+    """A tensor that notes how much of it is asked for."""
+
+    def __init__(self, x):
+        self.x, self.size = x, 0
+
+    def __getitem__(self, index):
+        self.size += self.x[index].size
+        return self.x[index]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_a_part_of_a_parameter_is_cut_from_its_tensor_and_nothing_else_is_read(family):
+    experts = {"experts": 4, "active_experts": 2} if family == "mixtral" else {}
+    config = configs.DecoderConfig(family, 20, 24, 16, 2, 4, 2, 6, 64, tied=False, **experts)
+    rng = np.random.default_rng(0)
+    for key in keys.table(config):
+        x = rng.normal(size=keys.file_shape(key, config))
+        whole = keys.from_file(x, key, config)
+        for axis, size in enumerate(whole.shape):
+            index = [slice(None)] * whole.ndim
+            index[axis] = slice(size // 2, size)
+            asked = Asked(x)
+            np.testing.assert_array_equal(keys.from_file(asked, key, config, tuple(index)), whole[tuple(index)])
+            within = key.axes.split()[axis] == "h"  # of every head some: the heads are contiguous in the file
+            assert asked.size == whole.size * (2 if within else 1) * (size - size // 2) // size
+
+
 def test_dtype_is_the_one_asked_for(folder):
     _, exact = reader.load(folder, jnp.float32)
     _, half = reader.load(folder, jnp.bfloat16)

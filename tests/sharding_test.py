@@ -1,5 +1,6 @@
-"""Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_sharding.py`."""
+"""Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_*.py`."""
 
+import functools
 import os
 import pathlib
 import re
@@ -9,12 +10,16 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import sharding
+from lora_jax.models import decoder, partition
+from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import quantize
+from train import config as settings
+from train import sft
 
 TESTS = pathlib.Path(__file__).parent
 NAMES = {"up": "L D F", "down": "L F D", "norm": "L D"}
@@ -25,7 +30,8 @@ def devices(n):
 
 
 def abstract(**sizes):
-    return AbstractMesh(tuple(sizes.get(name, 1) for name in sharding.AXES), sharding.AXES)
+    auto = (AxisType.Auto,) * len(sharding.AXES)
+    return AbstractMesh(tuple(sizes.get(name, 1) for name in sharding.AXES), sharding.AXES, axis_types=auto)
 
 
 def params():
@@ -92,30 +98,30 @@ def test_rules_that_do_not_fit(names, rules, message):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3", "bottleneck", "full"])
 def test_adapters_inherit_from_their_weights(key, method):
-    """Every array is divided along the axes that follow the weight, and no other."""
+    """Every array is divided along the axes that follow the weight, by side or by axis of the mesh, and no other."""
     rank = {} if method in ("ia3", "full") else {"rank": 4}
     sites = lora.trace(f, params(), jnp.ones((3, 128)))
     adapters = lora.init(key, params(), sites, lora.Spec(method=method, target="up|down", **rank))
     mesh = abstract(data=2, tensor=4, fsdp=2)
     specs = {"up": P("data", "fsdp", "tensor"), "down": P("data", "tensor", "fsdp"), "norm": P()}
     everything = sharding.adapter_places(adapters, specs, mesh, ("stacked", "inp", "out"))
-    stacked = sharding.adapter_places(adapters, specs, mesh)
+    stacked = sharding.adapter_places(adapters, specs, mesh, ("stacked",))
+    usual = sharding.adapter_places(adapters, specs, mesh)
     assert jax.tree.structure(everything) == jax.tree.structure(adapters)
     sizes = {2: "data", 128: "fsdp", 512: "tensor", 4: None}
-    for (path, array), place, less in zip(
-        jax.tree_util.tree_leaves_with_path(adapters),
-        jax.tree.leaves(everything),
-        jax.tree.leaves(stacked),
-        strict=True,
+    for (path, array), place, less, most in zip(
+        jax.tree_util.tree_leaves_with_path(adapters), *map(jax.tree.leaves, (everything, stacked, usual)), strict=True
     ):
         own = [None if path[0].key.startswith("/") else sizes[n] for n in array.shape]
         assert place.spec == P(*own)
         first = method == "full"  # a whole leaf has the weight's axes, each standing for itself
         assert less.spec == P(*(axis if axis == "data" or first else None for axis in own))
+        assert most.spec == P(*(axis if axis in ("data", "tensor") or first else None for axis in own))
 
 
 def test_a_word_that_is_no_side(key):
-    with pytest.raises(ValueError, match="along 'stacked', 'inp' or 'out', not 'in'"):
+    message = "along 'stacked', 'inp', 'out', or along the axes data, fsdp, tensor, expert of the mesh, not 'in'"
+    with pytest.raises(ValueError, match=message):
         sharding.adapter_places({}, {}, abstract(), ("in",))
 
 
@@ -132,10 +138,60 @@ def test_blocks_that_cannot_be_divided():
         sharding.places(stored, specs, mesh)
 
 
+def test_the_decoder_holds_rows_where_there_is_a_mesh_and_only_there():
+    config = DecoderConfig("llama", 64, 32, 64, 2, 4, 4, 8, 64, tied=True)
+    params = jax.eval_shape(functools.partial(decoder.init, config=config), jax.random.key(0))
+
+    def constraints(rows, **sizes):
+        tokens = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
+        with jax.sharding.use_abstract_mesh(abstract(**sizes)):
+            return str(jax.make_jaxpr(lambda p, t: decoder.forward(p, t, config))(params, tokens)).count("constraint[")
+
+    plain = jax.ShapeDtypeStruct((8, 8), jnp.int32)
+    assert "constraint" not in str(jax.make_jaxpr(lambda p, t: decoder.forward(p, t, config))(params, plain))
+    assert constraints(8) == 0  # a mesh of one device
+    assert constraints(8, fsdp=2, tensor=4) == 4  # table, its rows, what leaves a layer, and the last layer
+    assert constraints(7, fsdp=2, tensor=4) == 1  # rows that cannot be divided are XLA's
+    assert partition.ROWS == sharding.BATCH
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        ({"batch_size": 12}, {"data": 2, "fsdp": 4}, "config.batch_size=12 rows cannot be divided over data=2, fsdp=4"),
+        ({"batch_size": 12}, {"fsdp": 8, "tensor": 2}, "fsdp=8 (config.mesh='...'); take a multiple of 8"),
+        (
+            {"batch_size": 8, "accumulate": 2},
+            {"fsdp": 8},
+            "batch_size=8 rows cannot be divided over fsdp=8, accumulate=2 (config.mesh='...'); take a multiple of 16",
+        ),
+        ({"eval": {"batch_size": 6}}, {"expert": 4}, "config.eval.batch_size=6 rows cannot be divided over expert=4"),
+    ],
+)
+def test_rows_that_cannot_be_divided(changes, sizes, message):
+    config = settings.sft()
+    config.data.source, config.mesh = "data.jsonl", "..."
+    settings.check(config)
+    config.update(changes)
+    with jax.sharding.use_abstract_mesh(abstract(**sizes)), pytest.raises(ValueError, match=re.escape(message)):
+        settings.check(config)
+
+
+def test_a_mesh_that_does_not_fit_stops_a_run_before_anything_is_read(tmp_path):
+    config = settings.sft()
+    config.mesh = "fsdp=3"
+    with pytest.raises(
+        ValueError, match=f"mesh 'fsdp=3': its sizes multiply to 3, and there are {jax.device_count()} "
+    ):
+        sft.train(config, tmp_path / "run", "bad")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
-def test_on_eight_devices():
+@pytest.mark.parametrize("file", ["eight_devices_sharding.py", "eight_devices_training.py"])
+def test_on_eight_devices(file):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "eight_devices_sharding.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
     run = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, cwd=TESTS.parent, capture_output=True, text=True
     )

@@ -61,9 +61,9 @@ def write(folder, template: str | None = CHATML, seed: int = 0, **changes):
     config = configs.from_hf(values)
     rng = np.random.default_rng(seed)
     tensors = {
-        key.hf.format(layer): rng.normal(0, 0.1, keys.file_shape(key, config)).astype(np.float32)
+        key.hf.format(*place): rng.normal(0, 0.1, keys.file_shape(key, config)).astype(np.float32)
         for key in keys.table(config)
-        for layer in range(config.layers)
+        for place in keys.places(key, config)
     }
     safetensors.numpy.save_file(tensors, folder / reader.WEIGHTS)
     return folder

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from lora_jax.data import formats
 from lora_jax.models import decoder, kernels
 from lora_jax.quant import FORMATS
-from train import profiling, trackers
+from lora_jax.sharding import FOLLOW
+from train import placing, profiling, trackers
 from train.methods import METHODS
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
@@ -36,6 +37,7 @@ def common() -> Config:
             "attention": "auto",  # what computes it: "chunked", "splash" (TPU), "cudnn" (GPU); "auto": by the platform
             "loss_chunk": 0,  # tokens whose logits are held at once; 0: all
             "profile": "",  # steps to trace for TensorBoard, such as "10:13"; empty: none
+            "mesh": "",  # devices along the axes data, fsdp, tensor, expert: "fsdp=4,tensor=2"; empty: one device
             "method": "lora",  # train/methods.py lists them; "full" trains every parameter
             "quantize": "",  # of the base's linear weights: "nf4", "int8", "int4", "fp8"; empty: none
             "soft_text": "",  # what "prompt" and "prefix" start from; empty: random tokens
@@ -49,6 +51,10 @@ def common() -> Config:
         "alpha": 32.0,  # the product of the factors is scaled by alpha / rank
         "dropout": 0.0,  # share of the factors' input that is dropped
         "init": "",  # "uniform", "normal", "orthogonal", "pissa", "olora"; empty: the method's own
+    }
+    config.sharding = {  # where on a mesh arrays are; lora_jax/sharding.py
+        "rules": (),  # along which of its axes those of the base are divided: (("F", "tensor"), ...); empty: the usual
+        "follow": FOLLOW,  # where adapters are divided as their weights: "stacked", "inp", "out", or axes of the mesh
     }
     config.optim = {  # Adam
         "lr": 0.0,  # the learning rate; 0: by the method and the model's width
@@ -150,6 +156,7 @@ def check_common(config: Config) -> None:
         raise ValueError(f"config.optim.warmup={config.optim.warmup} must be less than config.steps={config.steps}")
     if config.batch_size % config.accumulate:
         raise ValueError(f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
+    placing.check(config)
 
 
 def schedule(config: Config, rate: float) -> Callable[[Any], Any]:

@@ -21,10 +21,10 @@ import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
-from lora_jax.models import decoder
+from lora_jax.models import decoder, partition
 from lora_jax.models.config import DecoderConfig
 from train import config as settings
-from train import distill_settings, launch, likelihood, loop, methods, objective, teaching, trained
+from train import distill_settings, launch, likelihood, loop, methods, objective, placing, teaching, trained
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -39,6 +39,7 @@ def main(_: list[str]) -> None:
     train(config, Path(config.run or f"runs/{name}"), name)
 
 
+@placing.on_mesh
 def train(config: settings.Config, folder: Path, name: str) -> None:
     """Trains, evaluates before, during and after, and reports.
 
@@ -61,7 +62,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
     batch, method = packing.batch([[data.lessons[0].student]], data.lengths[0]), config.method
-    base, trainable = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    base, trainable = placing.started(config, model.config, *begun)
     tree = methods.runner(config, model)
     if config.method == "full":
         about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
@@ -85,7 +87,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     tx = methods.optimizer(config, trainable, rate)
     student, master = (Reader(shape, data.learned, config.remat) for shape in (model.config, teacher))
     loss = make_loss(student, master, config.on_policy, config.loss_chunk)
-    step, measure = make_update(loss, both, tx, config.accumulate), jax.jit(loss)
+    optimizer, measure = tx.init(trainable), jax.jit(loss)
+    step = make_update(loss, both, tx, config.accumulate, placing.kept(trainable, optimizer))
     sample = teaching.Sampler(
         methods.applied(decoder.forward_with_cache),
         model.config,
@@ -121,7 +124,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         about=about,
         identity=identity,
         trainable=trainable,
-        optimizer=tx.init(trainable),
+        optimizer=optimizer,
         update=update,
         batches=packing.mix(
             [(data.lessons, 1.0)], 0, config.batch_size, config.seed, write=lambda found, _: list(found)
@@ -139,14 +142,14 @@ def load_teacher(config: settings.Config, model: hf.Checkpoint, dtype: jnp.dtype
       ValueError: its tokens are not the student's.
     """
     own = config.teacher.model
-    found = hf.load(own, dtype) if own else model
+    found = hf.load(own, dtype, places=placing.base(config)) if own else model
     if found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise ValueError(
             f"config.teacher.model={own}: its tokenizer is not that of {config.model}, so that predictions cannot be "
             "compared token by token; take a teacher of the same family"
         )
     if config.teacher.adapter:
-        return found.config, trained.load(Path(config.teacher.adapter), found)
+        return found.config, placing.whole(trained.load(Path(config.teacher.adapter), found))
     return found.config, found.params
 
 
@@ -192,7 +195,7 @@ def make_loss(student: Reader, teacher: Reader, reverse: bool, chunk: int) -> Ca
 
         tokens = weights_BS.size
         size = min(chunk or tokens, tokens)
-        parts = [_split(x, size) for x in (ours_BSD, theirs_BSD, weights_BS)]
+        parts = [partition.chunks(x, size) for x in (ours_BSD, theirs_BSD, weights_BS)]
         step = jax.checkpoint(part, prevent_cse=False) if size < tokens else part
         total, _ = jax.lax.scan(step, jnp.float32(0), parts)
         return total, jnp.sum(weights_BS), {}
@@ -204,13 +207,6 @@ def divergence(p_NV: jax.Array, q_NV: jax.Array) -> jax.Array:
     """KL(p ‖ q) = Σ_v p (log p - log q) of logits, float32 [N]."""
     log_p_NV, log_q_NV = jax.nn.log_softmax(p_NV), jax.nn.log_softmax(q_NV)
     return jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
-
-
-def _split(x: jax.Array, size: int) -> jax.Array:
-    """[B, S, ...] as parts of `size` tokens, the last filled up with zeros."""
-    x = x.reshape(-1, *x.shape[2:])
-    x = jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, size, *x.shape[1:])
 
 
 def _sample(format: chat.Format, lesson: teaching.Lesson) -> dict[str, str]:

@@ -21,7 +21,7 @@ import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat
 from train import config as settings
-from train import dpo_settings, launch, likelihood, loop, methods, objective, pairs, preferences
+from train import dpo_settings, launch, likelihood, loop, methods, objective, pairs, placing, preferences
 from train.preferences import Pairs
 from train.run import Evaluation, run
 from train.update import make_update
@@ -39,6 +39,7 @@ def main(_: list[str]) -> None:
     train(config, Path(config.run or f"runs/{name}"), name)
 
 
+@placing.on_mesh
 def train(config: settings.Config, folder: Path, name: str) -> None:
     """Trains, evaluates before, during and after, and reports.
 
@@ -61,7 +62,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
     batch, trained = pairs.batch(data.items[:1], data.length), config.method
-    base, trainable = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    base, trainable = placing.started(config, model.config, *begun)
     tree = methods.runner(config, model)
     if config.method == "full":
         about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
@@ -93,8 +95,9 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     rate = settings.schedule(config, config.optim.lr or RATE * methods.rate(config, model.config.dim))
     tx = methods.optimizer(config, trainable, rate)
-    judge = judged(config, log_probs)
-    step, measure = make_update(summed(judge), both, tx, config.accumulate), jax.jit(judge)
+    judge, optimizer = judged(config, log_probs), tx.init(trainable)
+    step = make_update(summed(judge), both, tx, config.accumulate, placing.kept(trainable, optimizer))
+    measure = jax.jit(judge)
     write = pairs.crossed if unpaired else pairs.batch
 
     def update(trainable: Tree, optimizer: Tree, batch: Any, key: jax.Array) -> Any:
@@ -123,7 +126,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         about=about,
         identity=identity,
         trainable=trainable,
-        optimizer=tx.init(trainable),
+        optimizer=optimizer,
         update=update,
         batches=pairs.batches(data, config.batch_size, config.seed, write),
         evaluate=evaluate,

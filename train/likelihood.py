@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import decoder, loss
 from lora_jax.models.config import DecoderConfig
-from train.objective import Batch, Tree
+from train.objective import Batch, Tree, largest
 
 
 def learned_hidden(
@@ -30,7 +30,7 @@ def learned_hidden(
       `(hidden_BSD, targets_BS, weights_BS)`; where a row has fewer than S, weights of 0 follow.
     """
     hidden_BTD = decoder.hidden(params, batch["tokens"], shape, remat=remat, prefix=prefix)
-    weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
+    weights_BS, index_BS = largest(batch["weights"], learned)
     hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
     return hidden_BSD, jnp.take_along_axis(batch["targets"], index_BS, axis=1), weights_BS
 

@@ -19,6 +19,7 @@ from lora_jax.interop import hf
 from lora_jax.loftq import loftq
 from lora_jax.models import decoder, kernels
 from lora_jax.models.config import DecoderConfig
+from train import placing
 
 Tree = Any
 Config = Any  # of train/config.py, which needs the names below
@@ -85,12 +86,13 @@ def spec(config: Config) -> lora.Spec:
 
 
 def load(config: Config, dtype: jnp.dtype) -> hf.Checkpoint:
-    """The base of a config, its linear weights quantised where that is asked for.
+    """The base of a config, its linear weights quantised where that is asked for, on the mesh in context.
 
     LoftQ quantises it itself, when it knows what the adapters begin with.
     """
     now = config.quantize and config.method != "loftq"
-    return hf.load(config.model, dtype, quantize={"all-linear": config.quantize} if now else None)
+    quantize = {"all-linear": config.quantize} if now else None
+    return hf.load(config.model, dtype, quantize=quantize, places=placing.base(config))
 
 
 def attending(config: Config, model: hf.Checkpoint) -> hf.Checkpoint:

@@ -45,7 +45,13 @@ def negative_log_likelihood(
     """
     apart = (batch["positions"], batch["segments"]) if packed else (None, None)
     hidden_BTD = decoder.hidden(params, batch["tokens"], shape, *apart, remat=remat, prefix=prefix)
-    weights_BS, index_BS = jax.lax.top_k(batch["weights"], learned)
+    weights_BS, index_BS = largest(batch["weights"], learned)
     hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
     targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
     return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape, chunk or None, once)
+
+
+def largest(weights_BT: jax.Array, learned: int) -> tuple[jax.Array, jax.Array]:
+    """What `jax.lax.top_k` gives, which on a mesh would gather the rows of all devices."""
+    index_BS = jnp.argsort(weights_BT, axis=1, descending=True)[:, :learned]
+    return jnp.take_along_axis(weights_BT, index_BS, axis=1), index_BS

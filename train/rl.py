@@ -22,7 +22,7 @@ from lora_jax import checkpoint
 from lora_jax.data import chat
 from lora_jax.models import decoder
 from train import config as settings
-from train import judge, launch, loop, methods, policy, rl_settings, rollout
+from train import judge, launch, loop, methods, placing, policy, rl_settings, rollout
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -38,6 +38,7 @@ def main(_: list[str]) -> None:
     train(config, Path(config.run or f"runs/{name}"), name)
 
 
+@placing.on_mesh
 def train(config: Config, folder: Path, name: str) -> None:
     """Trains, evaluates before, during and after, and reports.
 
@@ -56,7 +57,8 @@ def train(config: Config, folder: Path, name: str) -> None:
 
     asked = rollout.padded([prompt.ids for prompt in prompts.training[: config.sampler.prompts]], prompts.width)
     forward = functools.partial(decoder.hidden, config=model.config)
-    base, trainable = methods.start(jax.random.key(config.seed), config, model, forward, asked)
+    begun = methods.start(jax.random.key(config.seed), config, model, forward, asked)
+    base, trainable = placing.started(config, model.config, *begun)
     plain = config.method in ("full", *methods.SOFT)
     trained = config.method if plain else f"{config.method} {methods.spec(config)!r}"
     about = f"{config.model}: {config.policy.objective}, {trained}, {lora.count(trainable):,} parameters"
@@ -92,7 +94,9 @@ def train(config: Config, folder: Path, name: str) -> None:
     )
     reward = config.reward
     with judge.Judges(reward.functions, reward.limit, reward.workers) as judges:
-        update = make_step(config, prompts.width, tree, base, before, log_probs, tx, sampler, judges)
+        optimizer = tx.init(trainable)
+        places = placing.kept(trainable, optimizer)
+        update = make_step(config, prompts.width, tree, base, before, log_probs, tx, sampler, judges, places)
 
         def evaluate(trainable: Tree) -> Evaluation:
             said = sampler(tree(trainable, base), prompts.heldout, jax.random.key(config.seed))
@@ -111,7 +115,7 @@ def train(config: Config, folder: Path, name: str) -> None:
             about=about,
             identity=identity,
             trainable=trainable,
-            optimizer=tx.init(trainable),
+            optimizer=optimizer,
             update=update,
             batches=rollout.iterate(prompts.training, config.sampler.prompts, config.seed),
             evaluate=evaluate,
@@ -129,6 +133,7 @@ def make_step(
     tx: Any,
     sampler: rollout.Sampler,
     judges: judge.Judges,
+    places: Any = None,
 ) -> Callable[[Tree, Tree, Sequence[rollout.Prompt], jax.Array], tuple[Tree, Tree, dict[str, float]]]:
     """Makes `update(trainable, optimizer, prompts, key)`: draw, judge, learn.
 
@@ -142,6 +147,7 @@ def make_step(
       tx: the optimizer.
       sampler: draws answers.
       judges: give rewards.
+      places: as for `make_update`.
 
     Returns:
       A function as `run` takes it. Given the same arguments, and rewards that are the same, it does the same.
@@ -153,7 +159,7 @@ def make_step(
         total, count, numbers = policy.loss(objective, found_BN, batch, config.policy.clip, config.policy.kl)
         return total, count, numbers | {"entropy": jnp.sum(entropy_BN, where=batch["weights"] > 0)}
 
-    learn = make_update(loss, tree, tx, config.accumulate)
+    learn = make_update(loss, tree, tx, config.accumulate, places)
     reference = jax.jit(lambda params, batch: log_probs(params, batch)[0])
     G, size = config.sampler.samples, config.batch_size
 

@@ -19,7 +19,7 @@ from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.models import decoder
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, objective
+from train import examples, heldout, launch, loop, methods, objective, placing
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -35,6 +35,7 @@ def main(_: list[str]) -> None:
     train(config, Path(config.run or f"runs/{name}"), name)
 
 
+@placing.on_mesh
 def train(config: settings.Config, folder: Path, name: str) -> None:
     """Trains, evaluates before, during and after, and reports.
 
@@ -62,7 +63,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     batch, trained = packing.batch(data.rows[:1], data.length), config.method
-    base, trainable = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
+    base, trainable = placing.started(config, model.config, *begun)
     tree = methods.runner(config, model)
     if config.method == "full":
         about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
@@ -80,8 +82,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     rate = settings.schedule(config, methods.rate(config, model.config.dim))
     tx = methods.optimizer(config, trainable, rate)
-    learnt = functools.partial(nll, once=methods.once(config, trainable, model.config))
-    step = make_update(methods.applied(learnt), tree, tx, config.accumulate)
+    optimizer, learnt = tx.init(trainable), functools.partial(nll, once=methods.once(config, trainable, model.config))
+    step = make_update(methods.applied(learnt), tree, tx, config.accumulate, placing.kept(trainable, optimizer))
     measure = jax.jit(methods.applied(nll))
     speak = methods.applied(decoder.forward_with_cache)
 
@@ -108,7 +110,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         about=about,
         identity=identity,
         trainable=trainable,
-        optimizer=tx.init(trainable),
+        optimizer=optimizer,
         update=update,
         batches=data.batches(config.batch_size, config.seed),
         evaluate=evaluate,

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.models import partition
+
 Tree = Any
 
 
 def make_update(
-    loss: Callable, tree: Callable, tx: optax.GradientTransformation, accumulate: int = 1
+    loss: Callable, tree: Callable, tx: optax.GradientTransformation, accumulate: int = 1, places: Any = None
 ) -> Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]:
     """Compiles a training step for a loss that is a mean over items: tokens, pairs.
 
@@ -24,6 +26,7 @@ def make_update(
       tree: `tree(trainable, base, key)` gives what `loss` takes.
       tx: the optimizer.
       accumulate: parts that a batch is computed in; divides its rows.
+      places: shardings of `(trainable, optimizer)`, which they keep; None leaves this to XLA, on one device to no one.
 
     Returns:
       `update(trainable, optimizer, base, batch, key)`, which gives the first two anew, and numbers: `loss`, the other
@@ -31,10 +34,10 @@ def make_update(
       the first two; the base stays.
     """
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=places and (*places, None))
     def update(trainable, optimizer, base, batch, key):
         def total(trainable, part, key):
-            value, count, *more = loss(tree(trainable, base, key), part)
+            value, count, *more = loss(tree(trainable, base, key), jax.tree.map(partition.rows, part))
             return value, (count, {"loss": value, **(more[0] if more else {})})
 
         def add(gradient, part_and_key):

@@ -78,13 +78,16 @@ def decoder_config(file: File) -> DecoderConfig:
         return gguf_config.read(file.metadata, file, factors, str(file.path))
 
 
-def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[DecoderConfig, dict[str, Any]]:
+def load(
+    file: File, dtype: jnp.dtype, quantize: Rules | None = None, places: stacked.Places | None = None
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """The config and the parameters of a GGUF file.
 
     Args:
       file: an open file.
       dtype: of the parameters.
       quantize: which to quantise as they are read; patterns and formats as for `lora_jax.quantize.choose`.
+      places: where they go, as for `stacked.read`.
 
     Returns:
       config, and the parameters as nested dict of arrays or `Quantised` weights, layers stacked.
@@ -111,7 +114,7 @@ def load(file: File, dtype: jnp.dtype, quantize: Rules | None = None) -> tuple[D
             x = x - np.float32(config.norm_offset)  # it is added in the file
         return name, x
 
-    return config, stacked.read(config, read, dtype, file.path, quantize)
+    return config, stacked.read(config, read, dtype, file.path, quantize, places)
 
 
 def _half_rotation(x: np.ndarray, head_dim: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import tokenizers
 
-from lora_jax.interop import gguf, guard, hub, safetensors
+from lora_jax.interop import gguf, guard, hub, safetensors, stacked
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import Rules
 
@@ -42,7 +42,11 @@ class Checkpoint:
 
 
 def load(
-    path: str | Path, dtype: jnp.dtype = jnp.float32, quantize: Rules | None = None, weights: bool = True
+    path: str | Path,
+    dtype: jnp.dtype = jnp.float32,
+    quantize: Rules | None = None,
+    weights: bool = True,
+    places: stacked.Places | None = None,
 ) -> Checkpoint:
     """Loads a model, reading its weights tensor by tensor.
 
@@ -54,6 +58,8 @@ def load(
       quantize: which parameters to quantise as they are read, such as `{"all-linear": "nf4"}`; patterns and formats
         as for `lora_jax.quantize.choose`.
       weights: read them; without, the parameters are None, and only what a text needs is read.
+      places: where the parameters go, `places(config, shapes)`, a tree of `jax.sharding.NamedSharding`; of safetensors
+        only what this host's devices have is read.
 
     Returns:
       The checkpoint, its parameters a nested dict of arrays or `Quantised` weights, the layers stacked [L, ...].
@@ -70,9 +76,9 @@ def load(
         path = hub.download(name, weights)
         source = f"{name.split('@')[0]}@{path.name}"
     if path.is_dir():
-        loaded = _from_folder(path, source, dtype, quantize, weights)
+        loaded = _from_folder(path, source, dtype, quantize, weights, places)
     elif path.is_file() and path.suffix == ".gguf":
-        loaded = _from_gguf(path, source, dtype, quantize, weights)
+        loaded = _from_gguf(path, source, dtype, quantize, weights, places)
     else:
         raise FileNotFoundError(
             f"{path}: no such folder or GGUF file; give a folder with config.json and safetensors, a .gguf file, "
@@ -101,13 +107,20 @@ def packaged() -> Path:
     return Path(spec.origin).parent / SMOLLM2
 
 
-def _from_gguf(path: Path, source: str, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
+def _from_gguf(
+    path: Path,
+    source: str,
+    dtype: jnp.dtype,
+    quantize: Rules | None,
+    weights: bool,
+    places: stacked.Places | None,
+) -> Checkpoint:
     file = gguf.File(path)
     beside = path.parent / "tokenizer.json"
     with guard.told(path):
         tokenizer = _tokenizer(beside) if beside.is_file() else gguf.tokenizer(file)
         special = _gguf_special(file.metadata)
-    config, params = gguf.load(file, dtype, quantize) if weights else (gguf.decoder_config(file), None)
+    config, params = gguf.load(file, dtype, quantize, places) if weights else (gguf.decoder_config(file), None)
     return Checkpoint(config, params, tokenizer, file.metadata.get("tokenizer.chat_template"), special, source)
 
 
@@ -123,12 +136,19 @@ def _gguf_special(meta: dict[str, Any]) -> Special:
     )
 
 
-def _from_folder(folder: Path, source: str, dtype: jnp.dtype, quantize: Rules | None, weights: bool) -> Checkpoint:
+def _from_folder(
+    folder: Path,
+    source: str,
+    dtype: jnp.dtype,
+    quantize: Rules | None,
+    weights: bool,
+    places: stacked.Places | None,
+) -> Checkpoint:
     tokenizer = _tokenizer(folder / "tokenizer.json")
     settings = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
     config, params = (
-        safetensors.load(folder, dtype, quantize) if weights else (safetensors.decoder_config(folder), None)
+        safetensors.load(folder, dtype, quantize, places) if weights else (safetensors.decoder_config(folder), None)
     )
 
     def token_id(role: str) -> int | None:

@@ -35,7 +35,7 @@ def decoder_config(folder: Path) -> configs.DecoderConfig:
 
 
 def load(
-    folder: str | Path, dtype: jnp.dtype, quantize: Rules | None = None
+    folder: str | Path, dtype: jnp.dtype, quantize: Rules | None = None, places: stacked.Places | None = None
 ) -> tuple[configs.DecoderConfig, dict[str, Any]]:
     """The config and the parameters of a model folder.
 
@@ -43,6 +43,7 @@ def load(
       folder: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
       dtype: of the parameters.
       quantize: which to quantise as they are read; patterns and formats as for `lora_jax.quantize.choose`.
+      places: where they go, as for `stacked.read`; only what the devices of this host have is read.
 
     Returns:
       config, and the parameters as nested dict of arrays or `Quantised` weights, layers stacked.
@@ -56,11 +57,13 @@ def load(
     files = Files(folder)
     guard.held(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")), folder / "config.json")
 
-    def read(key: keys.Key, place: stacked.Place) -> tuple[str, np.ndarray | None]:
+    def read(key: keys.Key, place: stacked.Place) -> tuple[str, np.ndarray | Slices | None]:
         name = key.hf.format(*place)
-        return name, files.tensor(name) if name in files else None
+        if name not in files:
+            return name, None
+        return name, Slices(files, name) if places else files.tensor(name)
 
-    return config, stacked.read(config, read, dtype, folder, quantize)
+    return config, stacked.read(config, read, dtype, folder, quantize, places)
 
 
 def save(
@@ -115,19 +118,34 @@ class Files:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The named tensor."""
+    def tensor(self, name: str, index: keys.Index | None = None) -> np.ndarray:
+        """The named tensor, or a part of it: nothing beside the index is read."""
         path = self._files[name]
         if self._read > MAPPED:
             # The pages that were read of a file are in memory as long as it is mapped.
             self._open.cache_clear()
             self._read = 0
         try:
-            x = self._open(path).get_tensor(name)
+            file = self._open(path)
+            x = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         except (SafetensorError, AttributeError, TypeError) as error:  # the latter two of dtypes that NumPy lacks
             raise ValueError(f"{path}: cannot read tensor {name} ({error}); download the file again") from None
         self._read += x.nbytes
         return x
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The named tensor's."""
+        return tuple(self._open(self._files[name]).get_slice(name).get_shape())
+
+
+class Slices:
+    """A tensor whose parts are read when they are asked for."""
+
+    def __init__(self, files: Files, name: str):
+        self.files, self.name, self.shape = files, name, files.shape(name)
+
+    def __getitem__(self, index: keys.Index) -> np.ndarray:
+        return self.files.tensor(self.name, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.interop import guard
 from lora_jax.models import decoder, keys
@@ -16,27 +17,39 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.quant import Quantised, quantize_leaf
 from lora_jax.quantize import Choice, Rules, choose
 from lora_jax.trace import trace
+from lora_jax.tree import leaves_by_path, replace
 
 ALIGNMENT = 64  # bytes, of XLA's buffers
 Place = tuple[int, ...]
-Read = Callable[[keys.Key, Place], tuple[str, np.ndarray | None]]
+Read = Callable[[keys.Key, Place], tuple[str, Any]]
+Places = Callable[[DecoderConfig, Any], Any]
+Weight = Callable[[Place, keys.Index], np.ndarray]
 
 
 def read(
-    config: DecoderConfig, tensor: Read, dtype: jnp.dtype, source: Path, quantize: Rules | None = None
+    config: DecoderConfig,
+    tensor: Read,
+    dtype: jnp.dtype,
+    source: Path,
+    quantize: Rules | None = None,
+    places: Places | None = None,
 ) -> dict[str, Any]:
     """Fills the parameters one tensor at a time: in memory are the model in its dtype, and one tensor of the file.
 
     Where the device is not the CPU, one parameter at a time, its layers stacked, is in the host's memory as well. One
     to quantise is quantised as its layers are read, so that one layer of it at most is held as floats.
 
+    With places, what a device has is read and put there, one device after another, and nothing else.
+
     Args:
       config: the decoder's shape.
-      tensor: (key, place) -> the tensor's name in the file, and its values or None if it is not there; the place is
-        the layer and the expert, as far as the parameter is stacked.
+      tensor: (key, place) -> the tensor's name in the file, and its values, or what has its shape and gives slices of
+        it, or None if it is not there; the place is the layer and the expert, as far as the parameter is stacked.
       dtype: of the parameters.
       source: path named in error messages.
       quantize: patterns and formats as for `lora_jax.quantize.choose`.
+      places: (config, parameters as shapes) -> where each goes, a tree of `jax.sharding.NamedSharding`; without, all
+        are on the default device.
 
     Returns:
       Nested dict of arrays, and of `Quantised` weights where rules ask for them.
@@ -44,19 +57,22 @@ def read(
     Raises:
       ValueError: a tensor is missing, has the wrong shape or is not finite, or a rule is wrong.
     """
-    chosen = {} if quantize is None else choose(_sites(config, dtype), quantize)
+    shapes = jax.eval_shape(functools.partial(decoder.init, config=config, dtype=dtype), jax.random.key(0))
+    chosen = {} if quantize is None else choose(_sites(config, shapes), quantize)
+    where = places and places(config, _stored(shapes, chosen))
     params: dict[str, Any] = {}
     for key in keys.table(config):
         weight = functools.partial(_weight, key, config, tensor, source)
-        sizes = keys.stack(key, config), keys.shape(key, config)
-        group, leaf = key.path.rsplit("/", 1)
-        node = params
-        for part in group.split("/"):
-            node = node.setdefault(part, {})
+        stack, shape = keys.stack(key, config), keys.shape(key, config)
+        *groups, leaf = key.path.split("/")
+        node, place = params, where
+        for group in groups:
+            node, place = node.setdefault(group, {}), place and place[group]
+        place = place and place[leaf]
         if key.path in chosen:
-            node[leaf] = _quantised(weight, dtype, chosen[key.path], *sizes)
+            node[leaf] = _quantised(weight, dtype, chosen[key.path], stack, shape, place)
         else:
-            node[leaf] = jax.device_put(_filled(weight, dtype, *sizes))
+            node[leaf] = _put(weight, dtype, stack, shape, place)
     return params
 
 
@@ -109,8 +125,10 @@ def _tensor(parts, leaves, place, config) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(rows))
 
 
-def _weight(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path, place: Place) -> np.ndarray:
-    """One tensor of a parameter, in the axes used here."""
+def _weight(
+    key: keys.Key, config: DecoderConfig, tensor: Read, source: Path, place: Place, index: keys.Index
+) -> np.ndarray:
+    """A part of one tensor of a parameter, in the axes used here."""
     expected = keys.file_shape(key, config)
     name, x = tensor(key, place)
     if x is None:
@@ -123,16 +141,35 @@ def _weight(key: keys.Key, config: DecoderConfig, tensor: Read, source: Path, pl
             f"{source}: tensor {name} has shape {list(x.shape)} where the config asks for "
             f"{list(expected)}; use the config.json this file came with"
         )
-    if not guard.finite(x):
+    part = keys.from_file(x, key, config, index)
+    if not guard.finite(part):
         raise ValueError(f"{source}: tensor {name} has values that are not finite; download the file again")
-    return keys.from_file(x, key, config)
+    return part
 
 
-def _filled(weight: Callable[[Place], np.ndarray], dtype: jnp.dtype, stack: Place, shape: Place) -> np.ndarray:
-    """The tensors of all places, in one array."""
-    out = _aligned((*stack, *shape), np.dtype(dtype))
-    for place in np.ndindex(*stack):
-        out[place] = weight(place)
+def _put(weight: Weight, dtype: jnp.dtype, stack: Place, shape: Place, where: NamedSharding | None) -> jax.Array:
+    """The tensors of all places on their devices, a part that several have being read once."""
+    whole = (*stack, *shape)
+    if where is None:
+        return jax.device_put(_filled(weight, dtype, [(0, size) for size in whole], len(stack)))
+    parts: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in where.addressable_devices_indices_map(whole).items():
+        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index or (), whole, strict=True))
+        parts.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in parts.items():
+        part = _filled(weight, dtype, bounds, len(stack))
+        # Waiting keeps the next part from being read while this one is still in the host's memory.
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(whole, where, arrays)
+
+
+def _filled(weight: Weight, dtype: jnp.dtype, bounds: Sequence[tuple[int, int]], stacked: int) -> np.ndarray:
+    """What lies within bounds of the tensors of all places, in one array."""
+    out = _aligned(tuple(stop - start for start, stop in bounds), np.dtype(dtype))
+    index = tuple(slice(*bound) for bound in bounds[stacked:])
+    for place in np.ndindex(*out.shape[:stacked]):
+        out[place] = weight(tuple(i + start for i, (start, _) in zip(place, bounds, strict=False)), index)
     return out
 
 
@@ -144,22 +181,37 @@ def _aligned(shape: Place, dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _quantised(
-    weight: Callable[[Place], np.ndarray], dtype: jnp.dtype, how: Choice, stack: Place, shape: Place
-) -> Quantised:
+def _quantised(weight: Weight, dtype: jnp.dtype, how: Choice, stack: Place, shape: Place, where: Any) -> Quantised:
+    """The same quantised; of a tree of shardings, that of the codes is the weight's."""
+
+    def put(weight: Weight, stack: Place, where: Any) -> Quantised:
+        floats = _put(weight, dtype, stack, shape, where and where.codes)
+        if where:  # whole on every device, so that sums over a matrix have the bits of one device's
+            floats = jax.device_put(floats, NamedSharding(where.codes.mesh, PartitionSpec()))
+        # Waiting for each layer keeps the next from being read while this one is still held as floats.
+        return jax.block_until_ready(jax.device_put(quantize_leaf(floats, *how), where))
+
     if not stack:
-        return quantize_leaf(_filled(weight, dtype, stack, shape), *how)
+        return put(weight, stack, where)
 
     def one(layer: int) -> Quantised:
-        floats = _filled(lambda place: weight((layer, *place[1:])), dtype, (1, *stack[1:]), shape)
-        # Waiting for each layer keeps the next from being read while this one is still held as floats.
-        return jax.block_until_ready(quantize_leaf(floats, *how))
+        place = jax.tree.map(lambda x: NamedSharding(x.mesh, PartitionSpec(None, *x.spec[1:])), where)
+        return put(lambda place, index: weight((layer, *place[1:]), index), (1, *stack[1:]), place)
 
-    return jax.tree.map(lambda *layer: jnp.concatenate(layer), *map(one, range(stack[0])))
+    layers = jax.tree.map(lambda *layer: jnp.concatenate(layer), *map(one, range(stack[0])))
+    return jax.device_put(layers, where)
 
 
-def _sites(config: DecoderConfig, dtype: jnp.dtype):
+def _stored(shapes: dict[str, Any], chosen: dict[str, Choice]) -> dict[str, Any]:
+    """The shapes of parameters of which some are quantised."""
+    leaves = leaves_by_path(shapes)
+    new = {
+        path: jax.eval_shape(lambda w, how=how: quantize_leaf(w, *how), leaves[path]) for path, how in chosen.items()
+    }
+    return replace(shapes, new)
+
+
+def _sites(config: DecoderConfig, shapes: dict[str, Any]):
     """How the decoder uses its parameters."""
-    params = jax.eval_shape(functools.partial(decoder.init, config=config, dtype=dtype), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return trace(functools.partial(decoder.forward, config=config), params, tokens)
+    return trace(functools.partial(decoder.forward, config=config), shapes, tokens)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import attention, kernels, rope
+from lora_jax.models import attention, kernels, partition, rope
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.modules import Decoder
 from lora_jax.models.remat import REMAT
@@ -76,8 +76,13 @@ def hidden(
     """
     model = _model(params, config)
     _check(prefix, config, tokens_BT.shape[1] if positions_BT is None else 0)
-    x_BTD = _embedded(model.embed.embedding[...][tokens_BT], config)
-    return model.final_norm(_layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0])
+    x_BTD = _looked_up(model, tokens_BT, config)
+    x_BTD = _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix)[0]
+    return partition.rows(model.final_norm(x_BTD))
+
+
+def _looked_up(model: Decoder, tokens_BT: jax.Array, config: DecoderConfig) -> jax.Array:
+    return partition.rows(_embedded(partition.table(model.embed.embedding[...])[tokens_BT], config))
 
 
 def _embedded(x: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -120,7 +125,8 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
         def attend(q, k, v):
             return _mixed(q, k, v, segments_BT, prefix_NKh, window, config), (k, v) if keep else None
 
-        return nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
+        x_BTD, kept = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
+        return partition.rows(x_BTD), kept
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
@@ -271,9 +277,9 @@ def forward_with_cache(
             return attention.masked(q, *seen, config.attn_scale, config.attn_cap), (new_k, new_v)
 
         x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
-        return (x_BTD, new_k, new_v), None
+        return (partition.rows(x_BTD), new_k, new_v), None
 
-    carry = (_embedded(model.embed.embedding[...][tokens_BT], config), cache["k"], cache["v"])
+    carry = (_looked_up(model, tokens_BT, config), cache["k"], cache["v"])
     (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), _varying(config), prefix))
     last_B = jnp.argmax(positions_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

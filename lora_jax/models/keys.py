@@ -6,11 +6,13 @@ name of a tensor, `{}`, stand for the layer, and for the expert.
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.models.config import DecoderConfig
+
+Index = tuple[slice, ...]
 
 
 class Key(NamedTuple):
@@ -172,14 +174,31 @@ def file_shape(key: Key, config: DecoderConfig) -> tuple[int, ...]:
     return tuple(sum(_widths(axis, size)) for axis in key.file_axes.split())
 
 
-def from_file(x: np.ndarray, key: Key, config: DecoderConfig) -> np.ndarray:
-    """One tensor's part of a parameter, in the axes used here (a view)."""
-    size, axes = sizes(config), _own_axes(key)
-    widths = _widths(key.file_axes.split()[0], size)
-    x = x[sum(widths[: key.part]) :][: widths[key.part]]
-    letters = axes.replace(".", " ").split()
-    split = x.reshape([size[a] for a in letters])
-    return split.transpose([letters.index(a) for a in key.axes.split()])
+def from_file(x: Any, key: Key, config: DecoderConfig, index: Index | None = None) -> np.ndarray:
+    """One tensor's part of a parameter, or some of it, in the axes used here.
+
+    Args:
+      x: the tensor, or what gives the slices of it that it is asked for.
+      key: the parameter.
+      config: the decoder's shape.
+      index: a slice for each of the key's axes; None for all.
+
+    Returns:
+      A view of what x gives: nothing beside the index but for an axis that is several here and cut along a later one.
+    """
+    size, letters, own = sizes(config), key.axes.split(), _own_axes(key)
+    cuts = {
+        a: slice(*cut.indices(size[a])) for a, cut in zip(letters, index or [slice(None)] * len(letters), strict=True)
+    }
+    starts, window = [sum(_widths(key.file_axes.split()[0], size)[: key.part])], []
+    for axis in own.split():
+        first, *rest = axis.split(".")
+        start, width = starts.pop() if starts else 0, math.prod(size[a] for a in rest)
+        window.append(slice(start + cuts[first].start * width, start + cuts[first].stop * width))
+        size[first], cuts[first] = cuts[first].stop - cuts[first].start, slice(None)
+    order = own.replace(".", " ").split()
+    split = x[tuple(window)].reshape([size[a] for a in order])
+    return split.transpose([order.index(a) for a in letters])[tuple(cuts[a] for a in letters)]
 
 
 def to_file(x: np.ndarray, key: Key, config: DecoderConfig) -> np.ndarray:

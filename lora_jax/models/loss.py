@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import decoder
+from lora_jax.models import decoder, partition
 from lora_jax.models.config import DecoderConfig
 
 
@@ -40,7 +40,7 @@ def cross_entropy(
       Sum of weighted losses in nats and sum of weights, float32 scalars.
     """
     weights_BT = weights_BT.astype(jnp.float32)
-    chunks = [_split(x, chunk or targets_BT.size) for x in (hidden_BTD, targets_BT, weights_BT)]
+    chunks = [partition.chunks(x, chunk or targets_BT.size) for x in (hidden_BTD, targets_BT, weights_BT)]
     part = "embed" if config.tied else "head"
     total: Any
     if once:
@@ -51,14 +51,6 @@ def cross_entropy(
         step = jax.checkpoint(functools.partial(_chunk_loss, params, config), prevent_cse=False)
         total, _ = jax.lax.scan(lambda sum_, xs: (sum_ + step(*xs), None), jnp.float32(0), chunks)
     return total, jnp.sum(weights_BT)
-
-
-def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[chunks, chunk, ...], filled up with zeros."""
-    tokens = x.shape[0] * x.shape[1]
-    x = x.reshape(tokens, *x.shape[2:])
-    x = jnp.pad(x, [(0, -tokens % chunk)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, chunk, *x.shape[1:])
 
 
 def _chunk_loss(params, config, hidden_ND, targets_N, weights_N) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import moe, rope
+from lora_jax.models import moe, partition, rope
 from lora_jax.models.config import DecoderConfig
 
 
@@ -113,19 +113,27 @@ class Layer(nnx.Module):
         x_ND = self._added(x_ND, self.attn_post_norm(new_ND) if c.post_norm else new_ND)
         n_ND = self.mlp_norm(x_ND) if c.pre_norm else x_ND
         if c.experts:
-            new_ND = moe.routed(self._mlp, n_ND, self.router(n_ND), c.active_experts, c.normalised_experts)
+            graph, weights = nnx.split((self.gate_proj, self.up_proj, self.down_proj))
+
+            def routed(n_ND, scores_NE, weights):
+                mlp = functools.partial(_mlp, *nnx.merge(graph, weights), c.activation)
+                return moe.routed(mlp, n_ND, scores_NE, c.active_experts, c.normalised_experts)
+
+            new_ND = partition.apart(routed, (n_ND, self.router(n_ND)), weights)
         else:
-            new_ND = self._mlp(n_ND)
+            new_ND = _mlp(self.gate_proj, self.up_proj, self.down_proj, c.activation, n_ND)
         x_ND = self._added(x_ND, self.mlp_post_norm(new_ND) if c.post_norm else new_ND)
         return x_ND.reshape(B, T, D), extra
 
-    def _mlp(self, x_ND: jax.Array, *sizes_E: jax.Array) -> jax.Array:
-        """Of rows that stand expert by expert, if their sizes are given."""
-        h_NF = gated(self.gate_proj(x_ND, *sizes_E), self.up_proj(x_ND, *sizes_E), self.config.activation)
-        return self.down_proj(h_NF, *sizes_E)
-
     def _added(self, x_ND: jax.Array, new_ND: jax.Array) -> jax.Array:
         return x_ND + (new_ND if self.config.residual_scale == 1 else self.config.residual_scale * new_ND)
+
+
+def _mlp(
+    gate_proj: Callable, up_proj: Callable, down_proj: Callable, activation: str, x_ND: jax.Array, *sizes_E: jax.Array
+) -> jax.Array:
+    """Of rows that stand expert by expert, if their sizes are given."""
+    return down_proj(gated(gate_proj(x_ND, *sizes_E), up_proj(x_ND, *sizes_E), activation), *sizes_E)
 
 
 def _by_width(norm: RMSNorm | None, x_ND: jax.Array) -> jax.Array:

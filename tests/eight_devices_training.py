@@ -1,0 +1,216 @@
+"""Whole runs on eight devices, and how bases get there: `sharding_test.py` runs this file in a process of its own."""
+
+import functools
+
+import distill_test
+import dpo_test
+import jax
+import jax.numpy as jnp
+import mesh_steps
+import numpy as np
+import optax
+import pytest
+import rl_test
+import sft_test
+import tiny
+
+import lora_jax as lora
+from lora_jax import sharding
+from lora_jax.data import packing
+from lora_jax.interop import hf, safetensors
+from lora_jax.models import keys
+from train import distill, dpo, loop, methods, objective, placing, rl, sft, update
+
+SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("model"), vocab_size=320, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    changes = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    return tiny.write(tmp_path_factory.mktemp("experts"), vocab_size=320, **SHAPE, **changes)
+
+
+def on(line, rules=(), **changes):
+    """A mesh in context, and settings of a run on it."""
+    config = sft_test.settings.sft()
+    config.mesh, config.sharding.rules = line, rules
+    config.update(changes)
+    return jax.set_mesh(sharding.mesh(line)), config
+
+
+@pytest.mark.parametrize("compute", ["plain", "parts", "packed"])
+def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, quick):
+    """Losses, gradient norms, held-out losses, answers and the trained adapters; other data gives others."""
+    changes = {
+        "plain": {"eval__answers": 8},
+        "parts": {"accumulate": 2, "loss_chunk": 24, "remat": "full", "eval__answers": 0},
+        "packed": {"data__pack": True, "eval__answers": 0, "data__length": 40},
+    }[compute]
+    rows = {"batch_size": 8, "eval__batch_size": 8, "steps": 4, **changes}
+
+    def trained(name, **more):
+        config = sft_test.configured(folder, tmp_path, **rows, **more)
+        sft.train(config, tmp_path / name, name)
+        lines = loop.read(tmp_path / name / "metrics.jsonl")
+        names = ("loss", "gradient_norm", "heldout_loss")
+        numbers = [line[name] for line in lines for name in names if name in line]
+        said = (tmp_path / name / "samples.jsonl").read_text() if compute == "plain" else ""
+        return np.array(numbers), said, sft_test.final(tmp_path / name)
+
+    numbers, said, final = trained("one")
+    there, also, other = trained("mesh", mesh="fsdp=2,data=2,tensor=2" if compute == "plain" else "fsdp=4,tensor=2")
+    np.testing.assert_allclose(there, numbers, rtol=1e-5)
+    assert also == said
+    # As a whole: Adam divides a gradient by its own size, and so makes as much of one that is next to nothing.
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), other, final)
+    assert float(optax.tree.norm(change)) < 1e-5 * float(optax.tree.norm(final))
+    if compute == "plain":
+        assert not np.allclose(trained("else", seed=1)[0], numbers, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trainer", [dpo_test, distill_test, rl_test])
+def test_other_trainers_too(folder, tmp_path, trainer, quick, monkeypatch):
+    (tmp_path / "tiny_rewards.py").write_text("def plain(answer, entry):\n    return float(len(answer))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    more = {
+        dpo_test: {"steps": 2, "batch_size": 8},
+        distill_test: {"steps": 2, "batch_size": 8, "on_policy": True},
+        rl_test: {"steps": 1},
+    }[trainer]
+    train = {dpo_test: dpo.train, distill_test: distill.train, rl_test: rl.train}[trainer]
+
+    def trained(name, **changes):
+        train(trainer.configured(folder, tmp_path, **more, **changes), tmp_path / name, name)
+        names = ("loss", "gradient_norm", "heldout_loss", "reward", "heldout_reward", "length")
+        return [line[name] for line in loop.read(tmp_path / name / "metrics.jsonl") for name in names if name in line]
+
+    np.testing.assert_allclose(trained("mesh", mesh="fsdp=4,tensor=2"), trained("one"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("line", ["fsdp=8", "data=2,fsdp=2,tensor=2", "expert=4,data=2"])
+def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts, line, quick):
+    model = experts if "expert" in line else folder
+    rng = np.random.default_rng(0)
+    lengths = [5, 12, 20, 7, 11, 3, 9, 16] * 2
+    learned = [1 + n // 3 for n in lengths]
+    examples = [
+        packing.Tokens("x", rng.integers(0, 300, n + 1, np.int32), np.arange(n + 1) > n - k)
+        for n, k in zip(lengths, learned, strict=True)
+    ]
+
+    def rows(length=24, pack=False):
+        chosen = packing.rows(examples, length, pack)
+        return packing.batch(chosen + [[]] * (-len(chosen) % 8), length)
+
+    def moved(batch, line="", accumulate=1, **options):
+        context, config = (
+            on(line) if line else (jax.set_mesh(sharding.mesh("", jax.devices()[:1])), sft_test.settings.sft())
+        )
+        with context:
+            config.model = str(model)
+            m = methods.load(config, jnp.dtype("float32"))
+            config.lora.rank, tx = 4, optax.sgd(1.0)
+            base, adapters = placing.started(config, m.config, *methods.start(jax.random.key(0), config, m))
+            adapters = jax.tree.map(lambda x: x + 0.01, adapters)
+            before = jax.tree.map(np.array, adapters)
+            nll = functools.partial(objective.negative_log_likelihood, shape=m.config, **{"learned": 9, **options})
+            kept = placing.kept(adapters, tx.init(adapters))
+            step = update.make_update(methods.applied(nll), methods.runner(config, m), tx, accumulate, kept)
+            new, _, numbers = step(adapters, tx.init(adapters), base, batch, jax.random.key(0))
+            assert jax.tree.map(lambda x: x.sharding, new) == kept[0]
+        return jax.tree.map(lambda old, new: old - np.asarray(new), before, new), float(numbers["loss"])
+
+    def same(got, expected):
+        np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected[0]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), got[0], expected[0])
+
+    plain = moved(rows())
+    same(moved(rows(), line), plain)
+    same(moved(rows(length=40), line), plain)
+    same(moved(rows(), line, accumulate=2, chunk=20, remat="full"), plain)
+    same(moved(rows(pack=True), line, packed=True, learned=24), plain)
+    others = jax.tree.map(lambda x: x[:8], rows())
+    assert abs(moved(others, line)[1] - plain[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("line", "quantised"),
+    [("fsdp=8", ""), ("fsdp=2,tensor=2,data=2", ""), ("fsdp=2,tensor=2,data=2", "nf4"), ("expert=4,tensor=2", "")],
+)
+def test_what_is_read_into_shards_is_what_the_files_hold(folder, experts, line, quantised):
+    model = str(experts if "expert" in line else folder)
+    config = sft_test.settings.sft()
+    config.model, config.quantize = model, quantised
+    whole = methods.load(config, jnp.dtype("float32")).params
+    context, config = on(line, model=model, quantize=quantised)
+    with context:
+        there = methods.load(config, jnp.dtype("float32")).params
+        wanted = placing.base(config)(hf.load(model, weights=False).config, there)
+        assert jax.tree.map(lambda x: x.sharding, there) == wanted
+    assert any(not place.is_fully_replicated for place in jax.tree.leaves(wanted))
+    jax.tree.map(np.testing.assert_array_equal, there, whole)
+
+
+def test_a_shard_is_read_once_and_nothing_else(folder, monkeypatch):
+    """Every byte of the file once, though four devices have each, and at a time only what a device has of a tensor."""
+    reads, whole = [], safetensors.Files.tensor
+
+    def tensor(self, name, index=None):
+        x = whole(self, name, index)
+        reads.append((name, x.nbytes))
+        return x
+
+    monkeypatch.setattr(safetensors.Files, "tensor", tensor)
+    size = lora.nbytes(hf.load(folder).params)
+    assert sum(n for _, n in reads) == size
+    reads.clear()
+    context, config = on("data=4,fsdp=2", model=str(folder))
+    with context:
+        methods.load(config, jnp.dtype("float32"))
+    assert sum(n for _, n in reads) == size
+    shape = hf.load(folder, weights=False).config
+    parts = {key.hf: 4 * np.prod(keys.file_shape(key, shape)) // 2 for key in keys.table(shape)}
+    assert all(n == parts[re_hole(name)] for name, n in reads)
+
+
+def re_hole(name):
+    """The name in the table of a layer's tensor."""
+    return ".".join("{}" if part.isdigit() else part for part in name.split("."))
+
+
+@pytest.mark.parametrize("config", [mesh_steps.DENSE, mesh_steps.MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "chunk": 24, "remat": "full"}], ids=["plain", "parts"])
+def test_only_base_shards_are_gathered_and_only_adapters_summed(config, options):
+    step = mesh_steps.compiled(config, "fsdp=8", **options)
+    mesh_steps.assert_lean(step)
+    assert step.gathered()
+    both = mesh_steps.compiled(config, "fsdp=4,tensor=2", **options)
+    assert both.gathered() <= both.base_shards() and not both.gathered() & both.adapter_sizes()
+
+
+def test_quantised_bases_too():
+    step = mesh_steps.compiled(mesh_steps.DENSE, "fsdp=4,data=2", nf4=True)
+    mesh_steps.assert_lean(step)
+
+
+def test_each_policy_exchanges_what_it_says():
+    """Without a policy's word for it nothing of the adapters is gathered; with, that is."""
+    dense = functools.partial(mesh_steps.compiled, mesh_steps.DENSE)
+    assert not dense("fsdp=4,tensor=2").gathered() & dense("fsdp=4,tensor=2").adapter_sizes()
+    for follow in (("stacked",), ("stacked", "inp", "out")):
+        step = dense("fsdp=4,tensor=2", follow=follow)
+        assert step.gathered() - step.base_shards() <= step.adapter_sizes()
+        assert step.gathered() & step.adapter_sizes()
+    experts = mesh_steps.compiled(mesh_steps.MOE, "expert=4,data=2")
+    assert experts.gathered() & experts.adapter_sizes()  # of experts, as their weights
+
+
+def test_without_the_decoders_constraints_xla_gathers_adapters():
+    step = mesh_steps.compiled(mesh_steps.DENSE, "fsdp=8", constrained=False)
+    assert step.gathered() & step.adapter_sizes() and step.total("all-reduce") > 10 * lora.count(step.adapters)

@@ -1,0 +1,101 @@
+"""Where a run's arrays are on the mesh of `config.mesh`: its base, what is trained, the optimizer's state.
+
+The mesh is JAX's context: what is made under it is on every device, and the decoder keeps rows divided.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import sharding
+from lora_jax.models import keys
+from lora_jax.models.config import DecoderConfig
+
+Tree = Any
+Config = Any  # of train/config.py
+Places = Callable[[DecoderConfig, Tree], Tree]
+
+
+def on_mesh(train: Callable[[Config, Path, str], None]) -> Callable[[Config, Path, str], None]:
+    """A trainer's `train(config, folder, name)` with the mesh of its config in context, if it names one."""
+
+    @functools.wraps(train)
+    def run(config: Config, folder: Path, name: str) -> None:
+        with jax.set_mesh(sharding.mesh(config.mesh)) if config.mesh else contextlib.nullcontext():
+            train(config, folder, name)
+
+    return run
+
+
+def check(config: Config) -> None:
+    """Finds rows that cannot be divided over the devices of the mesh in context.
+
+    Raises:
+      ValueError: naming the setting, and what would do.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    along = {name: sizes[name] for name in sharding.BATCH if sizes.get(name, 1) > 1}
+    parts = {"batch_size": config.accumulate, "eval.batch_size": 1}
+    for name, count in {"batch_size": config.batch_size, "eval.batch_size": config.eval.get("batch_size", 0)}.items():
+        least = parts[name] * math.prod(along.values())
+        if count % least:
+            by = [f"{axis}={size}" for axis, size in along.items()]
+            by += [f"accumulate={parts[name]}"] if parts[name] > 1 else []
+            raise ValueError(
+                f"config.{name}={count} rows cannot be divided over {', '.join(by)} (config.mesh={config.mesh!r}); "
+                f"take a multiple of {least}"
+            )
+
+
+def base(config: Config) -> Places | None:
+    """Where a base that is read goes, as `hf.load` takes it; None where there is no mesh."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return None
+    return lambda shape, params: sharding.places(params, _specs(config, shape, params, mesh), mesh)
+
+
+def started(config: Config, shape: DecoderConfig, base: Tree, trainable: Tree) -> tuple[Tree, Tree]:
+    """What `methods.start` gives, on the mesh in context; as it is where there is none.
+
+    Adapters follow the weights that they adapt as `config.sharding.follow` says. A prompt or prefix is on every device,
+    and all parameters, where these are trained, are where the base was.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or base is None:
+        return base, trainable
+    specs = _specs(config, shape, base, mesh)
+    base = jax.device_put(base, sharding.places(base, specs, mesh))
+    if isinstance(trainable, dict):
+        places = sharding.adapter_places(trainable, specs, mesh, config.sharding.follow)
+        trainable = jax.device_put(trainable, places)
+    return base, trainable
+
+
+def whole(tree: Tree) -> Tree:
+    """A tree whose arrays of one device are on every device of the mesh in context."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if len(x.devices()) == 1 else x, tree)
+
+
+def kept(trainable: Tree, optimizer: Tree) -> tuple[Tree, Tree] | None:
+    """Where a step leaves what it was given, as `make_update` takes it: where that is; None where there is no mesh."""
+    if jax.sharding.get_mesh().empty:
+        return None
+    return jax.tree.map(lambda x: x.sharding, (trainable, optimizer))
+
+
+def _specs(config: Config, shape: DecoderConfig, params: Tree, mesh: Mesh) -> sharding.Specs:
+    names = keys.axis_names(shape)
+    known = {name for own in names.values() for name in own.split()}
+    rules = config.sharding.rules or [rule for rule in sharding.RULES if rule[0] in known]
+    return sharding.specs(params, names, rules, mesh)
