@@ -53,6 +53,7 @@ def run(
     batches: Batches,
     evaluate: Callable[[Tree], Evaluation],
     rate: Callable[[int], Any],
+    export: Callable[[Path, int, Tree], None] | None = None,
 ) -> Tree:
     """Trains to the end, from wherever the run in `folder` stands.
 
@@ -70,6 +71,7 @@ def run(
       evaluate: numbers of what was trained on what it was not, and samples of what it says, each a dict of texts:
         `question`, `expected` and `said` are shown side by side.
       rate: the learning rate after a number of updates.
+      export: `export(folder, step, trainable)` writes what was trained for other programs, at the end.
 
     Returns:
       What was trained, as the last step left it.
@@ -108,7 +110,7 @@ def run(
 
     if not saved:
         best.see(step, measure())
-    with loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked:
+    with checkpoints, loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked:
         batch = progress.fetch(batches)
         while step < config.steps and not best.enough():
             before = jax.tree.map(jnp.copy, (trainable, optimizer)) if guard.skip else None
@@ -137,10 +139,13 @@ def run(
                 place |= {"guard": guard.state(), "best": best.state()}
                 checkpoints.save(checkpoint.State(step, trainable, optimizer, place), score)
             if asked.to_stop and step < config.steps:
+                checkpoints.wait()
                 record.close()
                 print(f"step {step}: asked to stop, and saved; the same command goes on from here", flush=True)
                 sys.exit(RESUMABLE)
             progress.skip()
     record.close()
+    if export:
+        export(folder, step, trainable)
     report.close(folder, name)
     return trainable

@@ -18,8 +18,8 @@ import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.models import decoder
+from train import adapter, examples, heldout, launch, loop, methods, objective, placing
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, objective, placing
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -115,6 +115,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         batches=data.batches(config.batch_size, config.seed),
         evaluate=evaluate,
         rate=rate,
+        export=functools.partial(adapter.write, config=config, model=model, base=base),
     )
 
 
