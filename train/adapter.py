@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.interop import peft
 from lora_jax.interop.hf import Checkpoint
-from train import loop, methods
+from train import hosts, loop, methods
 from train.config import Config
 
 FOLDER = "adapter"
@@ -31,6 +31,9 @@ def write(folder: Path, step: int, trainable: Tree, *, config: Config, model: Ch
       base: what was trained over; the model's parameters, but for LoftQ.
     """
     if config.method == "full":
+        return
+    trainable = hosts.whole(trainable)
+    if not hosts.first():
         return
     part, whole = folder / f"{FOLDER}.part", folder / FOLDER
     try:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from train import loop, report, trackers, watch
+from train import hosts, loop, report, trackers, watch
 from train.config import Config
 
 RESUMABLE = 75  # exit status of a run that was asked to stop and saved itself: EX_TEMPFAIL, "try again"
@@ -80,6 +80,7 @@ def run(
       ValueError, OSError, ArithmeticError: with one line that says what to change.
       SystemExit: with the status `RESUMABLE`, after a SIGTERM.
     """
+    hosts.agree(identity, "the run's ")
     resolved = config.to_dict()
     beside = {"config": resolved, "lora-jax": lora.__version__}
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=beside)
@@ -98,7 +99,7 @@ def run(
         print(f"going on from step {step} of {folder}")
     loop.begin(folder, resolved, about)
     recorded = step if saved else -1
-    record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded))
+    record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded) if hosts.first() else ())
 
     def measure() -> dict[str, float]:
         numbers, samples = evaluate(trainable)
@@ -133,12 +134,13 @@ def run(
             score = None
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 score = best.see(step, measure())
-            last = step == config.steps or best.enough() or asked.to_stop
+            stop = asked.after(step)
+            last = step == config.steps or best.enough() or stop
             if last or best.step == step or step % config.checkpoint.every == 0:
                 place = {"data": data, "key": jax.random.key_data(key).tolist()}
                 place |= {"guard": guard.state(), "best": best.state()}
                 checkpoints.save(checkpoint.State(step, trainable, optimizer, place), score)
-            if asked.to_stop and step < config.steps:
+            if stop and step < config.steps:
                 checkpoints.wait()
                 record.close()
                 print(f"step {step}: asked to stop, and saved; the same command goes on from here", flush=True)
@@ -147,5 +149,6 @@ def run(
     record.close()
     if export:
         export(folder, step, trainable)
-    report.close(folder, name)
+    if hosts.first():
+        report.close(folder, name)
     return trainable
