@@ -27,9 +27,7 @@ def wait(address: str, count: int, number: int, seconds: float) -> None:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(
-            f"--coordinator={address}: give the first host's name and a free port of it, such as host0:1234"
-        )
+        raise ValueError(f"--coordinator={address}: give the first host and a free port of it, such as host0:1234")
     deadline = time.monotonic() + seconds
     missing = (
         _listen(int(port), count, deadline) if number == 0 else _call(host.strip("[]"), int(port), number, deadline)
