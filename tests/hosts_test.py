@@ -109,7 +109,7 @@ def interrupted(place):
     said = end(four, run.RESUMABLE)
     stopped = checkpoint.newest(place / "changed" / "checkpoints", log=pytest.fail)
     assert f"step {stopped}: asked to stop, and saved" in said[0][0] and not any(out for out, _ in said[1:])
-    two = start(place, "changed", 2, f"--config.steps={stopped + 4}")
+    two = start(place, "changed", 2, f"--config.steps={stopped + STEPS}")
     assert f"going on from step {stopped} of" in end(two)[0][0]
     return stopped
 
@@ -117,14 +117,14 @@ def interrupted(place):
 @pytest.fixture(scope="module")
 def alone(place, interrupted):
     """One host, for as long."""
-    end(start(place, "alone", 1, f"--config.steps={interrupted + 4}"))
+    end(start(place, "alone", 1, f"--config.steps={interrupted + STEPS}"))
     return numbers(place, "alone")
 
 
 def test_two_hosts_are_as_one(place, alone):
     said = end(start(place, "two", 2))
     steps, values = numbers(place, "two")
-    assert steps == alone[0][: len(steps)] and len(steps) == STEPS + 3
+    assert steps == alone[0][: len(steps)] and len(steps) == STEPS + 3  # three evaluations
     np.testing.assert_allclose(values, alone[1][: len(steps)], rtol=1e-5)
     # Each line is written once, and one host speaks.
     assert "held-out loss" in said[0][0] and not said[1][0]
@@ -141,7 +141,7 @@ def test_four_hosts_and_then_two_are_as_one(place, alone, interrupted):
         {step: row[:3] for step, row in zip(*found, strict=True) if row[0]}
         for found in (numbers(place, "changed"), alone)
     )
-    assert list(mine) == list(theirs) == [*range(1, interrupted + 5)]
+    assert list(mine) == list(theirs) == [*range(1, interrupted + STEPS + 1)]
     np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=1e-5)
 
 

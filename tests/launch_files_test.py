@@ -68,8 +68,14 @@ def test_xpk_is_given_the_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert called[:3] == ["xpk", "workload", "create"]
-    assert "--command=python -m train.sft --config=a\\ b.py --config.lora.rank=4" in called
-    assert {"--workload=sums", "--tpu-type=v5litepod-16", "--cluster=c", "--docker-image=i"} < {*called}
+    assert "--command=exec python -m train.sft --config=a\\ b.py --config.lora.rank=4" in called
+    assert {
+        f"--restart-on-exit-codes={run.RESUMABLE}",
+        "--workload=sums",
+        "--tpu-type=v5litepod-16",
+        "--cluster=c",
+        "--docker-image=i",
+    } < {*called}
     for name in given:
         rest = {key: value for key, value in given.items() if key != name}
         done, _ = started(tmp_path, "xpk.sh", "sums", "v5litepod-16", **rest)

@@ -24,5 +24,7 @@ exec xpk workload create \
   --tpu-type="$tpu" \
   --num-slices="${SLICES:-1}" \
   --max-restarts="${RESTARTS:-20}" \
+  --restart-on-exit-codes=75 \
+  --termination-grace-period-seconds=120 \
   --docker-image="${IMAGE:?an image with this repository}" \
-  --command="python -m train.sft$(printf ' %q' "$@")"
+  --command="exec python -m train.sft$(printf ' %q' "$@")"
