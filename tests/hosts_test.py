@@ -122,7 +122,7 @@ def alone(place, interrupted):
 
 
 def test_two_hosts_are_as_one(place, alone):
-    said = end(start(place, "two", 2))
+    said = end(start(place, "two", 2, "--config.mesh=fsdp=2"))
     steps, values = numbers(place, "two")
     assert steps == alone[0][: len(steps)] and len(steps) == STEPS + 3  # three evaluations
     np.testing.assert_allclose(values, alone[1][: len(steps)], rtol=1e-5)

@@ -109,8 +109,9 @@ def killed(folder, chance, wanted):
       chance: random numbers.
       wanted: `SAVE` waits for a checkpoint being written, and kills at whatever moment of it.
     """
-    path, pid = folder / loop.METRICS, started(folder)
-    before, more = path.stat().st_mtime_ns if path.exists() else 0, chance.randrange(20)
+    path, more = folder / loop.METRICS, chance.randrange(20)
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    pid = started(folder)
 
     def until(condition):
         while not condition():

@@ -1,6 +1,7 @@
 """What a run trained, apart from all that going on takes: an adapter in PEFT's files, with a card."""
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,16 @@ def write(folder: Path, step: int, trainable: Tree, *, config: Config, model: Ch
     """
     if config.method == "full":
         return
-    trainable = hosts.whole(trainable)
+    trainable, whole = hosts.whole(trainable), folder / FOLDER
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # Every host takes part, since the base's fingerprint may be read from all of them; the first one's files count.
+        part = folder / f"{FOLDER}.part" if hosts.first() else Path(elsewhere)
+        try:
+            peft.save(part, trainable, model.config, base, card(folder, config.to_dict(), config.model, step))
+        except ValueError as error:
+            print(f"{whole}: not written: {error}")
+            return
     if not hosts.first():
-        return
-    part, whole = folder / f"{FOLDER}.part", folder / FOLDER
-    try:
-        peft.save(part, trainable, model.config, base, card(folder, config.to_dict(), config.model, step))
-    except ValueError as error:
-        print(f"{whole}: not written: {error}")
         return
     shutil.rmtree(whole, ignore_errors=True)
     part.rename(whole)
