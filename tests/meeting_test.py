@@ -5,6 +5,8 @@ import socket
 import time
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from train import hosts, meeting
 
@@ -80,6 +82,24 @@ def test_what_a_cluster_says():
         {"JAX_COORDINATOR_ADDRESS": "a:1"}
     )
     assert not hosts._detected({})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"processes": 2}, r"several hosts cannot begin \(.*\); give --coordinator, --processes, --process"),
+        (
+            {"coordinator": "host0:1", "processes": 2, "process": 2},
+            "--process=2: with --processes=2 it is one of 0",
+        ),
+        ({"coordinator": "host0", "processes": 2, "process": 1}, "--coordinator=host0: give the first host and a free"),
+    ],
+)
+def test_flags_that_say_half_of_it(given, message):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["train"])
+    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
+        hosts.join()
 
 
 def test_one_host_is_everything():
