@@ -5,24 +5,31 @@
                                                where it does not agree with the files, nothing is loaded
 
 The base is never saved. Its fingerprint is, and a run goes on only over the base that it began with.
+
+With several hosts each writes what its devices hold, into one folder that all of them see, and the first one the rest.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from lora_jax import manifest
 from lora_jax.fingerprint import fingerprint as fingerprint
+from lora_jax.manifest import MANIFEST as MANIFEST
+from lora_jax.manifest import best as best
+from lora_jax.manifest import newest as newest
 from lora_jax.tree import nbytes
 
-MANIFEST = "manifest.json"
+UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class State(NamedTuple):
@@ -42,7 +49,7 @@ class State(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. As a context it waits, at its end, for what is being written.
 
     Args:
       folder: made if it is not there.
@@ -66,35 +73,48 @@ class Checkpoints:
         self.keep = keep
         self.about = dict(about or {})
         self.log = log
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True),
-        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        if _first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"*{UNFINISHED}"):  # by a run that was killed
+                shutil.rmtree(left)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.wait()
 
     def save(self, state: State, score: float | None = None) -> None:
-        """Writes a checkpoint, and then removes those that are older than the `keep` newest, but for the best.
+        """Begins to write a checkpoint. When it is whole, those older than the `keep` newest are removed, but the best.
+
+        The arrays are copied before this returns: they may be donated to the next step, which need not wait.
 
         Args:
           state: to be written.
           score: how good what was trained is, if that was measured: the higher the better.
 
         Raises:
-          OSError: if it cannot be written; the checkpoints before it are untouched.
+          OSError: if this one, or the one before, cannot be written; those before it are untouched.
         """
+        self.wait()
         try:
-            self._write(state, score)
+            self._begin(state)
         except Exception as error:  # Orbax passes on what its several writers raise
-            for part in (str(state.step), f"{state.step}.orbax-checkpoint-tmp"):
-                shutil.rmtree(self.folder / part, ignore_errors=True)
-            last = max(_steps(self.folder), default=None)
-            kept = "there is none before it" if last is None else f"the one of step {last} is kept"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OSError(
-                f"{self.folder / str(state.step)}: the checkpoint cannot be written ({reason}); {kept}; "
-                "make room and run the same command again"
-            ) from error
-        for step in {*sorted(_steps(self.folder))[: -self.keep]} - {*_ranked(self.folder)[:1]}:
-            shutil.rmtree(self.folder / str(step))
+            raise self._failed(state.step, error) from error
+        self._writing = self._thread.submit(self._finish, state.step, score)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is whole.
+
+        Raises:
+          OSError: if it cannot be written; those before it are untouched.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def restore(self, like: State) -> State | None:
         """Reads the newest checkpoint that is whole.
@@ -108,18 +128,19 @@ class Checkpoints:
         Raises:
           ValueError: if it belongs to another identity.
         """
-        step = newest(self.folder, self.log)
+        self.wait()
+        step = _agreed(newest(self.folder, self.log) if _first() else None)
         if step is None:
             return None
-        saved = json.loads((self.folder / str(step) / MANIFEST).read_text())["identity"]
+        saved = manifest.read(self.folder / str(step))["identity"]
         for name in sorted({*saved, *self.identity}):
             if saved.get(name) != self.identity.get(name):
                 raise ValueError(
                     f"{self.folder / str(step)}: its {name} is {saved.get(name)}, this run's is "
                     f"{self.identity.get(name)}; go on with the former, or start a new run in another folder"
                 )
-        restored = self._manager.restore(
-            step,
+        restored = self._orbax.restore(
+            self.folder / str(step),
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardRestore(like.trainable),
                 optimizer=ocp.args.StandardRestore(_item(like)),
@@ -128,51 +149,43 @@ class Checkpoints:
         )
         return State(step, restored["trainable"], restored["optimizer"]["state"], restored["progress"])
 
-    def _write(self, state: State, score: float | None) -> None:
-        path = self.folder / str(state.step)
+    def _begin(self, state: State) -> None:
         need, free = nbytes((state.trainable, state.optimizer)), shutil.disk_usage(self.folder).free
         if free < need:
             raise OSError(f"disk full: {need / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free")
-        shutil.rmtree(path, ignore_errors=True)  # a broken one that was passed over
-        self._manager.reload()
-        self._manager.save(
-            state.step,
+        self._orbax.save(
+            self.folder / str(state.step),
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(state.trainable),
                 optimizer=ocp.args.StandardSave(_item(state)),
                 progress=ocp.args.JsonSave(state.progress),
             ),
+            force=True,  # there may be a broken one, which was passed over
         )
-        manifest = {"identity": self.identity, "about": self.about, "score": score, "files": _digests(path)}
-        part = path / f"{MANIFEST}.part"
-        with part.open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path / MANIFEST)
 
+    def _finish(self, step: int, score: float | None) -> None:
+        try:
+            self._orbax.wait_until_finished()  # and, with several hosts, until all of them are
+            if _first():
+                path = self.folder / str(step)
+                manifest.write(path, identity=self.identity, about=self.about, score=score)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        if _first():
+            for old in {*sorted(manifest.steps(self.folder))[: -self.keep]} - {*manifest.ranked(self.folder)[:1]}:
+                shutil.rmtree(self.folder / str(old))
 
-def newest(folder: str | os.PathLike, log: Callable[[str], None] = print) -> int | None:
-    """The step of the newest checkpoint in a folder that is whole; None if there is none.
-
-    Args:
-      folder: of checkpoints.
-      log: told, in one line, of every newer one that is not.
-    """
-    for step in sorted(_steps(Path(folder)), reverse=True):
-        if (damage := _damage(Path(folder) / str(step))) is None:
-            return step
-        log(f"passing over checkpoint {Path(folder) / str(step)}: {damage}")
-    return None
-
-
-def best(folder: str | os.PathLike) -> int | None:
-    """The step of the whole checkpoint with the highest score in a folder; None if none has one.
-
-    Args:
-      folder: of checkpoints.
-    """
-    return next((step for step in _ranked(Path(folder)) if _damage(Path(folder) / str(step)) is None), None)
+    def _failed(self, step: int, error: Exception) -> OSError:
+        """Removes what there is of a checkpoint; returns what to say of it."""
+        for part in (str(step), f"{step}{UNFINISHED}"):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+        last = max(manifest.steps(self.folder), default=None)
+        kept = "there is none before it" if last is None else f"the one of step {last} is kept"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return OSError(
+            f"{self.folder / str(step)}: the checkpoint cannot be written ({reason}); {kept}; "
+            "make room and run the same command again"
+        )
 
 
 def load(folder: str | os.PathLike, like: Any, base: str, step: int | None = None) -> Any:
@@ -195,9 +208,9 @@ def load(folder: str | os.PathLike, like: Any, base: str, step: int | None = Non
     if step is None:
         raise FileNotFoundError(f"{folder}: no whole checkpoint; train first")
     path = Path(folder).absolute() / str(step)
-    if damage := _damage(path):
-        raise ValueError(f"{path}: cannot be read: {damage}")
-    saved = json.loads((path / MANIFEST).read_text())["identity"]["base"]
+    if wrong := manifest.damage(path):
+        raise ValueError(f"{path}: cannot be read: {wrong}")
+    saved = manifest.read(path)["identity"]["base"]
     if saved != base:
         raise ValueError(f"{path}: trained over a base with fingerprint {saved}; this one has {base}")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -226,44 +239,13 @@ def _item(state: State) -> dict[str, Any]:
     return {"step": state.step, "state": state.optimizer}
 
 
-def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+def _first() -> bool:
+    return jax.process_index() == 0
 
 
-def _ranked(folder: Path) -> list[int]:
-    """The steps of the checkpoints that have a score, the best first, and of several such the earliest."""
-    scores = {}
-    for step in _steps(folder):
-        with contextlib.suppress(OSError, ValueError):  # half-written or damaged: it has none
-            scores[step] = json.loads((folder / str(step) / MANIFEST).read_text()).get("score")
-    return sorted((step for step in scores if scores[step] is not None), key=lambda step: (-scores[step], step))
-
-
-def _digests(path: Path) -> dict[str, list]:
-    """`{file: [size, digest]}` of every file below a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != f"{MANIFEST}.part")
-    return {str(file.relative_to(path)): [file.stat().st_size, _digest(file)] for file in files}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is."""
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return "half-written (it has no manifest.json)"
-    except (ValueError, KeyError):
-        return "its manifest.json is damaged"
-    for name, (size, digest) in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes of {size}"
-        if _digest(file) != digest:
-            return f"{name} has changed since it was written"
-    return None
+def _agreed(step: int | None) -> int | None:
+    """What the first host says: files may show late on others."""
+    if jax.process_count() == 1:
+        return step
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if step < 0 else step

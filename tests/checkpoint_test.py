@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import checkpoint
+from lora_jax import checkpoint, manifest
 
+TESTS = Path(__file__).parent
 IDENTITY = {"base": "abc", "spec": "rank 4"}
 
 
@@ -26,6 +29,12 @@ def open_(tmp_path, log=print, **changes):
     return checkpoint.Checkpoints(tmp_path / "run", {**IDENTITY, **changes}, keep=2, log=log)
 
 
+def save(checkpoints, *args):
+    """Saves and waits for it."""
+    checkpoints.save(*args)
+    checkpoints.wait()
+
+
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -33,7 +42,7 @@ def assert_equal(a, b):
 
 def test_what_is_saved_comes_back(tmp_path):
     saved = state(10, 0.1)
-    open_(tmp_path).save(saved)
+    save(open_(tmp_path), saved)
     back = open_(tmp_path).restore(state(0))
     assert_equal((back.trainable, back.optimizer), (saved.trainable, saved.optimizer))
     assert (back.step, back.progress) == (10, saved.progress)
@@ -41,7 +50,7 @@ def test_what_is_saved_comes_back(tmp_path):
 
 
 def test_optimizer_without_state(tmp_path):
-    open_(tmp_path).save(state(10)._replace(optimizer=optax.sgd(0.1).init({"a": jnp.ones(3)})))
+    save(open_(tmp_path), state(10)._replace(optimizer=optax.sgd(0.1).init({"a": jnp.ones(3)})))
     like = state(0)._replace(optimizer=optax.sgd(0.1).init({"a": jnp.ones(3)}))
     assert open_(tmp_path).restore(like).step == 10
 
@@ -53,7 +62,7 @@ def test_nothing_to_restore(tmp_path):
 def test_the_newest_are_kept(tmp_path):
     checkpoints = open_(tmp_path)
     for step in (5, 10, 100):
-        checkpoints.save(state(step, step))
+        save(checkpoints, state(step, step))
     assert sorted(os.listdir(tmp_path / "run"), key=int) == ["10", "100"]
     assert checkpoints.restore(state(0)).trainable["layers/q"]["a"][0, 0] == 100
 
@@ -61,7 +70,7 @@ def test_the_newest_are_kept(tmp_path):
 def test_the_best_is_kept_besides(tmp_path):
     checkpoints = open_(tmp_path)
     for step, score in ((5, 1.0), (10, 3.0), (15, None), (20, 2.0), (25, 3.0), (30, None)):
-        checkpoints.save(state(step, step), score)
+        save(checkpoints, state(step, step), score)
     assert sorted(os.listdir(tmp_path / "run"), key=int) == ["10", "25", "30"]
     assert checkpoint.best(tmp_path / "run") == 10  # the first of two
     like = jax.eval_shape(lambda: state(0).trainable)
@@ -71,18 +80,18 @@ def test_the_best_is_kept_besides(tmp_path):
     assert checkpoint.best(tmp_path / "run") == 25
     with pytest.raises(ValueError, match=r"10: cannot be read: .* has changed"):
         checkpoint.load(tmp_path / "run", like, "abc", 10)
-    checkpoints.save(state(35), 4.0)
+    save(checkpoints, state(35), 4.0)
     assert sorted(os.listdir(tmp_path / "run"), key=int) == ["30", "35"]
 
 
 def test_without_scores_there_is_no_best(tmp_path):
-    open_(tmp_path).save(state(10))
+    save(open_(tmp_path), state(10))
     assert checkpoint.best(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("changed", [{"base": "other"}, {"spec": "rank 8"}])
 def test_another_identity_is_refused(tmp_path, changed):
-    open_(tmp_path).save(state(10))
+    save(open_(tmp_path), state(10))
     (name, value) = changed.popitem()
     with pytest.raises(ValueError, match=f"its {name} is {IDENTITY[name]}, this run's is {value}"):
         open_(tmp_path, **{name: value}).restore(state(0))
@@ -105,13 +114,61 @@ def flip_a_bit(folder):
     file.write_bytes(data)
 
 
+def test_on_eight_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "eight_devices_checkpoint.py"],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_next_step_need_not_wait(tmp_path, monkeypatch):
+    """A checkpoint that is being written does not count, nor do those before it go, until it is whole."""
+    go_on, write = threading.Event(), manifest.write
+
+    def held(*args, **options):
+        assert go_on.wait(60)
+        write(*args, **options)
+
+    checkpoints = open_(tmp_path)
+    for step in (10, 20):
+        save(checkpoints, state(step))
+    monkeypatch.setattr(manifest, "write", held)
+    checkpoints.save(state(30))
+    assert checkpoint.newest(tmp_path / "run", log=lambda line: None) == 20
+    assert {"10", "20"} < {*os.listdir(tmp_path / "run")}
+    go_on.set()
+    checkpoints.wait()
+    assert checkpoint.newest(tmp_path / "run", log=pytest.fail) == 30
+    assert {*os.listdir(tmp_path / "run")} == {"20", "30"}
+
+
+def test_what_goes_wrong_while_it_is_written_is_told(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "manifest.json")
+
+    checkpoints = open_(tmp_path)
+    save(checkpoints, state(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full)
+        checkpoints.save(state(20))
+        with pytest.raises(OSError, match=r"20: the checkpoint cannot be .*No space left.*step 10 is kept"):
+            checkpoints.save(state(30))  # whichever comes first: the next one, or the end
+    assert os.listdir(tmp_path / "run") == ["10"]
+    save(checkpoints, state(30))
+    assert checkpoint.newest(tmp_path / "run", log=pytest.fail) == 30
+
+
 def test_what_a_killed_write_leaves_is_removed(tmp_path):
-    open_(tmp_path).save(state(10))
+    save(open_(tmp_path), state(10))
     left = tmp_path / "run" / "20.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "run" / "10", left)
     again = open_(tmp_path, log=pytest.fail)
     assert again.restore(state(0)).step == 10
-    again.save(state(30))  # Orbax removes it meanwhile, and is done at the latest now
     assert not left.exists()
 
 
@@ -129,29 +186,29 @@ DAMAGE = {
 def test_damaged_checkpoint_is_passed_over_and_replaced(tmp_path, kind):
     damage, message = DAMAGE[kind]
     first = open_(tmp_path)
-    first.save(state(10, 1.0))
-    first.save(state(20, 2.0))
+    save(first, state(10, 1.0))
+    save(first, state(20, 2.0))
     damage(tmp_path / "run" / "20")
     said = []
     again = open_(tmp_path, said.append)
     assert again.restore(state(0)).step == 10
     assert len(said) == 1 and message in said[0] and "20" in said[0] and "\n" not in said[0]
-    again.save(state(20, 3.0))
+    save(again, state(20, 3.0))
     assert again.restore(state(0)).trainable["layers/q"]["a"][0, 0] == 3.0
     assert len(said) == 1
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     checkpoints = open_(tmp_path)
-    checkpoints.save(state(10))
+    save(checkpoints, state(10))
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: full)
         with pytest.raises(OSError, match=r"20: the checkpoint cannot be .*step 10 is kept") as caught:
-            checkpoints.save(state(20))
+            save(checkpoints, state(20))
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path / "run") == ["10"]
-    checkpoints.save(state(20))
+    save(checkpoints, state(20))
     assert checkpoints.restore(state(0)).step == 20
 
 
@@ -166,9 +223,11 @@ def test_write_error_inside_a_file_keeps_the_last_good_checkpoint(tmp_path):
         noise = jnp.sin(jnp.arange(1e6) ** 2)  # does not compress
         checkpoints = checkpoint.Checkpoints(sys.argv[1], {"base": "abc"})
         checkpoints.save(small)
+        checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
         try:
             checkpoints.save(checkpoint.State(2, {"a": noise}, (), {}))
+            checkpoints.wait()
         except OSError as error:
             print("ERROR", error)
     """
@@ -181,7 +240,7 @@ def test_write_error_inside_a_file_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_load_gives_what_was_trained(tmp_path):
-    open_(tmp_path).save(state(10, 0.5))
+    save(open_(tmp_path), state(10, 0.5))
     like = jax.eval_shape(lambda: state(0).trainable)
     assert_equal(checkpoint.load(tmp_path / "run", like, "abc"), state(10, 0.5).trainable)
     with pytest.raises(ValueError, match="trained over a base with fingerprint abc; this one has other"):

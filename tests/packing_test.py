@@ -173,14 +173,15 @@ def test_padding_is_told_by_length_not_by_id():
     np.testing.assert_array_equal(batch["segments"][0], [1, 1, 1, 1, 0, 0, 0, 0])
 
 
-def test_shards_take_the_batches_of_the_whole():
+def test_parts_are_the_batches_of_the_whole():
     rows = packing.rows([example(n) for n in range(3, 15)], 13)
     whole = packing.iterate(rows, 13, 4, seed=0)
-    shards = [packing.iterate(rows, 13, 2, seed=0, shard=(n, 2)) for n in range(2)]
+    parts = [packing.iterate(rows, 13, 4, seed=0, part=part) for part in (slice(0, 2), slice(2, 4))]
     for _ in range(7):
-        expected, halves = next(whole)["tokens"], [next(shard)["tokens"] for shard in shards]
-        np.testing.assert_array_equal(np.concatenate(halves), np.concatenate([expected[::2], expected[1::2]]))
+        expected, halves = next(whole)["tokens"], [next(part)["tokens"] for part in parts]
+        np.testing.assert_array_equal(np.concatenate(halves), expected)
         assert not np.array_equal(*halves)
+    assert parts[0].get_state() == parts[1].get_state() == whole.get_state()
 
 
 def test_a_mixture_has_its_weights_and_its_place():

@@ -184,7 +184,8 @@ def test_saved_and_counted_like_any_tree(tmp_path, kind):
     small, tx = trained(kind), optax.adam(1e-3)
     assert lora.count(small) == {"prompt": N * 32, "prefix": 2 * 2 * N * 2 * 8}[kind]
     saved = checkpoint.State(1, small, tx.init(small), {})
-    checkpoint.Checkpoints(tmp_path, {"base": "abc"}, keep=1).save(saved)
+    with checkpoint.Checkpoints(tmp_path, {"base": "abc"}, keep=1) as checkpoints:
+        checkpoints.save(saved)
     back = checkpoint.load(tmp_path, jax.eval_shape(lambda: small), "abc")
     jax.tree.map(np.testing.assert_array_equal, back, small)
     assert isinstance(back, type(small))

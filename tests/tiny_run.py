@@ -32,8 +32,8 @@ def write(folder, model, method="lora", rank=4, quantize="", **own):
     soft_or_full = method in (*methods.SOFT, "full")
     trained = jax.tree.map(lambda x: x + 0.1, start) if soft_or_full else moved(start)
     identity = {"base": checkpoint.fingerprint(loaded.params if base is None else base)}
-    saved = checkpoint.Checkpoints(folder / "checkpoints", identity)
-    saved.save(checkpoint.State(6, trained, {}, {}))
+    with checkpoint.Checkpoints(folder / "checkpoints", identity) as saved:
+        saved.save(checkpoint.State(6, trained, {}, {}))
     loop.begin(folder, config.to_dict())
     lines = [{"step": 0, "heldout_loss": 3.5}, {"step": 6, "heldout_loss": 0.5}]
     (folder / loop.METRICS).write_text("".join(f"{line}\n".replace("'", '"') for line in lines))

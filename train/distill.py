@@ -23,8 +23,8 @@ from lora_jax.data import chat, packing
 from lora_jax.interop import hf
 from lora_jax.models import decoder, partition
 from lora_jax.models.config import DecoderConfig
+from train import adapter, distill_settings, launch, likelihood, loop, methods, objective, placing, teaching, trained
 from train import config as settings
-from train import distill_settings, launch, likelihood, loop, methods, objective, placing, teaching, trained
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -131,6 +131,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         ),
         evaluate=evaluate,
         rate=rate,
+        export=functools.partial(adapter.write, config=config, model=model, base=base),
     )
 
 

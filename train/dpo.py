@@ -20,8 +20,8 @@ from ml_collections import config_flags
 import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat
+from train import adapter, dpo_settings, launch, likelihood, loop, methods, objective, pairs, placing, preferences
 from train import config as settings
-from train import dpo_settings, launch, likelihood, loop, methods, objective, pairs, placing, preferences
 from train.preferences import Pairs
 from train.run import Evaluation, run
 from train.update import make_update
@@ -131,6 +131,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         batches=pairs.batches(data, config.batch_size, config.seed, write),
         evaluate=evaluate,
         rate=rate,
+        export=functools.partial(adapter.write, config=config, model=model, base=base),
     )
 
 

@@ -5,9 +5,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from lora_jax.data import chat, checks, packing, sources, stream
+from train import hosts
 from train.config import Config
 
 
@@ -23,7 +22,7 @@ class Data(NamedTuple):
 
     Args:
       batches: `batches(batch_size, seed)` gives endless batches to train on, for all hosts together, as a Grain
-        iterator with the part of this one.
+        iterator with this one's part of the rows.
       rows: what these are made of; some of it, if it is streamed.
       learned: the most targets with a weight in a row of any batch.
       tokens: examples to train on, some of them if they are streamed.
@@ -119,7 +118,7 @@ def _in_memory(config: Config, format: chat.Format, context: int) -> Data:
     sets = _sets(config, format, more, length, context)
     evaluated = [row for part in sets.values() for row in part.heldout_rows]
     return Data(
-        lambda batch_size, seed: packing.mix(rows, length, _share(batch_size), seed, _shard()),
+        lambda batch_size, seed: packing.mix(rows, length, batch_size, seed, part=hosts.part(batch_size)),
         all_rows,
         packing.most_learned(all_rows + heldout_rows + evaluated),
         kept,
@@ -164,7 +163,7 @@ def _streamed(config: Config, format: chat.Format, context: int) -> Data:
         )
     order = f"{config.seed} {config.batch_size} {length} {settings.pack}"
     return Data(
-        lambda batch_size, seed: stream.iterate(streamed, _share(batch_size), seed, settings.pack, _shard()),
+        lambda batch_size, seed: stream.iterate(streamed, batch_size, seed, settings.pack, hosts.part(batch_size)),
         packing.rows(tokens, length),
         length,
         tokens,
@@ -223,13 +222,3 @@ def _asked(
             f"{context} positions that the model knows"
         )
     return asked
-
-
-def _share(batch_size: int) -> int:
-    if batch_size % jax.process_count():
-        raise ValueError(f"config.batch_size={batch_size} does not divide among {jax.process_count()} hosts")
-    return batch_size // jax.process_count()
-
-
-def _shard() -> tuple[int, int]:
-    return jax.process_index(), jax.process_count()

@@ -9,6 +9,7 @@ import numpy as np
 from lora_jax.data import chat, packing, sources
 from lora_jax.models import generate
 from lora_jax.models.config import DecoderConfig
+from train import hosts
 
 
 class Answer(NamedTuple):
@@ -80,7 +81,8 @@ def answers(
         tokens, counts = generate.generate(
             tree, config, jnp.asarray(prompt_BT), jnp.asarray(lengths_B), max_new, format.special.stop, apply=apply
         )
-        said += [chat.answer(format, row[:n]) for row, n in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
+        tokens, counts = map(np.asarray, hosts.whole((tokens, counts)))
+        said += [chat.answer(format, row[:n]) for row, n in zip(tokens, counts, strict=True)]
     return [
         Answer(example.messages[-2]["content"] if len(example.messages) > 1 else "", example.answer, text)
         for example, text in zip(examples, said, strict=False)

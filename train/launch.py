@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lora_jax.tree import nearest
-from train import help
+from train import help, hosts, loop
 from train.config import Config
 
 # What a user can cause. Anything else is a fault of the program, and shows where it happened.
@@ -23,6 +23,8 @@ MISTAKES = (ValueError, OSError, ArithmeticError)
 
 def run(main: Callable[[Any], None], defaults: Callable[[], Config] | None = None) -> None:
     """Runs `main(argv)` as a script: a mistake is printed as one line, and the exit status is 1.
+
+    A trainer, which has settings, may be run by several hosts.
 
     With `--verbosity=1` the line is followed by the place in the code.
 
@@ -35,7 +37,10 @@ def run(main: Callable[[Any], None], defaults: Callable[[], Config] | None = Non
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; settings are written --config.name=value")
         quiet()
+        if defaults:
+            hosts.join()
         main(argv)
+        hosts.leave()
 
     try:
         app.run(guarded, flags_parser=functools.partial(_parse, defaults))
@@ -50,7 +55,8 @@ def fail(error: BaseException) -> NoReturn:
     if logging.get_verbosity() > logging.INFO:
         traceback.print_exception(error)
     sys.stdout.flush()
-    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    who = f"host {jax.process_index()}: " if hosts.several() else ""
+    print(f"error: {who}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
     # Not sys.exit: the threads of a library whose write has failed would still print, or wait for ever.
     os._exit(1)
 
@@ -65,7 +71,8 @@ def quiet() -> None:
 
 
 def settings(flag: flags.FlagHolder) -> tuple[Config, str]:
-    """The config a flag holds, and the name of its file without folder and ending."""
+    """The config a flag holds, the same on every host, and the name of its file without folder and ending."""
+    hosts.agree(dict(loop.flat(flag.value.to_dict())), "config.")
     file = config_flags.get_config_filename(flags.FLAGS[flag.name])
     return flag.value, Path(file.partition(":")[0]).stem
 

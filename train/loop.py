@@ -15,7 +15,7 @@ import rich.console
 import rich.progress
 
 import lora_jax
-from train import trackers
+from train import hosts, trackers
 
 METRICS, SAMPLES, CONFIG, VERSIONS = "metrics.jsonl", "samples.jsonl", "config.json", "versions.json"
 TRAINED = "trained.txt"
@@ -53,6 +53,8 @@ class Record:
             tracker.close()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not hosts.first():
+            return
         with _writing(self.folder / name), (self.folder / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -65,7 +67,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several hosts the first one does."""
+    if not hosts.first():
+        return
     part = path.with_name(f"{path.name}.part")
     with _writing(path):
         part.write_text(text)
@@ -82,7 +86,7 @@ def begin(folder: Path, config: dict[str, Any], trained: str = "") -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).is_file():
-        before, now = dict(_flat(json.loads((folder / CONFIG).read_text()))), dict(_flat(config))
+        before, now = dict(flat(json.loads((folder / CONFIG).read_text()))), dict(flat(config))
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 print(f"changed since the last start: {name} {before.get(name)!r} -> {now.get(name)!r}")
@@ -111,12 +115,13 @@ def resolved(folder: Path) -> dict[str, Any]:
 
 
 def started(folder: Path) -> datetime.datetime:
-    """When a run was started first; now, if it was not."""
+    """When a run was started first; now, if it was not; the same on every host."""
     path = folder / VERSIONS
     try:
-        return datetime.datetime.fromisoformat(json.loads(path.read_text())["started"])
+        found = datetime.datetime.fromisoformat(json.loads(path.read_text())["started"])
     except (FileNotFoundError, ValueError, KeyError):
-        return datetime.datetime.now().replace(microsecond=0)
+        found = datetime.datetime.now().replace(microsecond=0)
+    return hosts.moment(found)
 
 
 class Progress:
@@ -198,9 +203,10 @@ def _writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config by their whole names, such as `optim.lr`."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name}.")
+            yield from flat(value, f"{before}{name}.")
         else:
             yield before + name, list(value) if isinstance(value, tuple) else value

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_jax import sharding
 from lora_jax.models import keys
 from lora_jax.models.config import DecoderConfig
+from train import hosts
 
 Tree = Any
 Config = Any  # of train/config.py
@@ -23,11 +24,15 @@ Places = Callable[[DecoderConfig, Tree], Tree]
 
 
 def on_mesh(train: Callable[[Config, Path, str], None]) -> Callable[[Config, Path, str], None]:
-    """A trainer's `train(config, folder, name)` with the mesh of its config in context, if it names one."""
+    """A trainer's `train(config, folder, name)` with the mesh of its config in context, if it names one.
+
+    Several hosts have one in any case: each device takes a part of the rows.
+    """
 
     @functools.wraps(train)
     def run(config: Config, folder: Path, name: str) -> None:
-        with jax.set_mesh(sharding.mesh(config.mesh)) if config.mesh else contextlib.nullcontext():
+        line = config.mesh or ("data=-1" if hosts.several() else "")
+        with jax.set_mesh(sharding.mesh(line)) if line else contextlib.nullcontext():
             train(config, folder, name)
 
     return run

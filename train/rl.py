@@ -21,8 +21,8 @@ import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat
 from lora_jax.models import decoder
+from train import adapter, judge, launch, loop, methods, placing, policy, rl_settings, rollout
 from train import config as settings
-from train import judge, launch, loop, methods, placing, policy, rl_settings, rollout
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -120,6 +120,7 @@ def train(config: Config, folder: Path, name: str) -> None:
             batches=rollout.iterate(prompts.training, config.sampler.prompts, config.seed),
             evaluate=evaluate,
             rate=lambda step: rate(several * step),
+            export=functools.partial(adapter.write, config=config, model=model, base=base),
         )
 
 

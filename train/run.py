@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import checkpoint
-from train import loop, profiling, report, trackers, watch
+from train import hosts, loop, profiling, report, trackers, watch
 from train.config import Config
 
 RESUMABLE = 75  # exit status of a run that was asked to stop and saved itself: EX_TEMPFAIL, "try again"
@@ -53,6 +53,7 @@ def run(
     batches: Batches,
     evaluate: Callable[[Tree], Evaluation],
     rate: Callable[[int], Any],
+    export: Callable[[Path, int, Tree], None] | None = None,
 ) -> Tree:
     """Trains to the end, from wherever the run in `folder` stands.
 
@@ -70,6 +71,7 @@ def run(
       evaluate: numbers of what was trained on what it was not, and samples of what it says, each a dict of texts:
         `question`, `expected` and `said` are shown side by side.
       rate: the learning rate after a number of updates.
+      export: `export(folder, step, trainable)` writes what was trained for other programs, at the end.
 
     Returns:
       What was trained, as the last step left it.
@@ -78,6 +80,7 @@ def run(
       ValueError, OSError, ArithmeticError: with one line that says what to change.
       SystemExit: with the status `RESUMABLE`, after a SIGTERM.
     """
+    hosts.agree(identity, "the run's ")
     resolved = config.to_dict()
     beside = {"config": resolved, "lora-jax": lora.__version__}
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=beside)
@@ -96,7 +99,7 @@ def run(
         print(f"going on from step {step} of {folder}")
     loop.begin(folder, resolved, about)
     recorded = step if saved else -1
-    record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded))
+    record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded) if hosts.first() else ())
 
     def measure() -> dict[str, float]:
         numbers, samples = evaluate(trainable)
@@ -109,7 +112,7 @@ def run(
     if not saved:
         best.see(step, measure())
     profile = profiling.Profile(config.profile, folder)
-    with loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked, profile:
+    with checkpoints, loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked, profile:
         batch = progress.fetch(batches)
         while step < config.steps and not best.enough():
             profile.begin(step + 1)
@@ -136,16 +139,21 @@ def run(
             score = None
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 score = best.see(step, measure())
-            last = step == config.steps or best.enough() or asked.to_stop
+            stop = asked.after(step)
+            last = step == config.steps or best.enough() or stop
             if last or best.step == step or step % config.checkpoint.every == 0:
                 place = {"data": data, "key": jax.random.key_data(key).tolist()}
                 place |= {"guard": guard.state(), "best": best.state()}
                 checkpoints.save(checkpoint.State(step, trainable, optimizer, place), score)
-            if asked.to_stop and step < config.steps:
+            if stop and step < config.steps:
+                checkpoints.wait()
                 record.close()
                 print(f"step {step}: asked to stop, and saved; the same command goes on from here", flush=True)
                 sys.exit(RESUMABLE)
             progress.skip()
     record.close()
-    report.close(folder, name)
+    if export:
+        export(folder, step, trainable)
+    if hosts.first():
+        report.close(folder, name)
     return trainable

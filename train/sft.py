@@ -18,8 +18,8 @@ import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.models import decoder
+from train import adapter, examples, heldout, hosts, launch, loop, methods, objective, placing
 from train import config as settings
-from train import examples, heldout, launch, loop, methods, objective, placing
 from train.run import Evaluation, run
 from train.update import make_update
 
@@ -112,9 +112,10 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         trainable=trainable,
         optimizer=optimizer,
         update=update,
-        batches=data.batches(config.batch_size, config.seed),
+        batches=hosts.Joined(data.batches(config.batch_size, config.seed), config.batch_size),
         evaluate=evaluate,
         rate=rate,
+        export=functools.partial(adapter.write, config=config, model=model, base=base),
     )
 
 

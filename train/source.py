@@ -16,14 +16,13 @@ from lora_jax.fingerprint import fingerprint
 from lora_jax.interop import card, hf, hub, merged, parts, peft, peft_config, peft_file
 from lora_jax.models.config import DecoderConfig
 from lora_jax.soft import Prefix, Prompt
-from train import loop, methods
+from train import adapter, loop, methods
 
 RUN = flags.DEFINE_string("run", "", "folder of a run, such as runs/quickstart, or of a PEFT adapter")
 BASE = flags.DEFINE_string(
     "base", "", "the model below it; empty: the one that the run, or the adapter's config, names"
 )
 FORCE = flags.DEFINE_boolean("force", False, "read a PEFT adapter over another base than its fingerprint's")
-PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class Source(NamedTuple):
@@ -94,23 +93,15 @@ def _run(folder: Path, named: str) -> Source:
     if run["quantize"] or run["method"] == "loftq":
         notes.append(f"trained over a base quantised to {run['quantize'] or 'nf4'}")
     whole = run["method"] == "full"
-    about = _card(folder, run, name, None if whole or run["method"] in methods.SOFT else methods.spec(config))
+    about = adapter.card(folder, run, name, checkpoint.newest(folder / "checkpoints"))
     params = found if whole else base
     return Source(None if whole else found, params, model.config, run["model"], _file_dtype(run["model"]), about, notes)
-
-
-def _card(folder: Path, run: dict[str, Any], name: str, spec: Any) -> peft.Card:
-    metrics = loop.read(folder / loop.METRICS)
-    losses = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
-    named = {"held-out loss before": losses[0], "held-out loss after": losses[-1]} if len(losses) > 1 else {}
-    steps = checkpoint.newest(folder / "checkpoints")
-    return peft.Card(_name(name), spec, run["data"]["source"], steps, named)
 
 
 def _peft(folder: Path, base: str, force: bool, one_sided: bool) -> Source:
     settings = peft_config.Settings(folder / peft_config.NAME)
     model = base or settings.values.get("base_model_name_or_path") or ""
-    model = "smollm2" if model == PACKAGED and not base else model
+    model = "smollm2" if model == adapter.PACKAGED and not base else model
     name, model = model, _local(model)
     if not model:
         raise ValueError(f"{settings.path}: names no base; give --base")
@@ -131,7 +122,7 @@ def _peft(folder: Path, base: str, force: bool, one_sided: bool) -> Source:
         adapters = peft.load(folder, config, params, force=True)
     else:
         adapters = peft.load(folder, config, params, force)
-    return Source(adapters, params, config, model, _file_dtype(model), peft.Card(_name(name)), notes)
+    return Source(adapters, params, config, model, _file_dtype(model), peft.Card(adapter.name(name)), notes)
 
 
 def _one_side(settings: peft_config.Settings) -> bool:
@@ -157,7 +148,3 @@ def _file_dtype(model: str) -> Any:
     if not _in_safetensors(model):
         return None
     return jax.tree.leaves(parts.load(model)[1])[0].dtype
-
-
-def _name(model: str) -> str:
-    return PACKAGED if model == "smollm2" else model

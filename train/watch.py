@@ -7,6 +7,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jax.experimental import multihost_utils
+
+from train import hosts
+
 WARM, MEMORY, IN_A_ROW = 20, 0.95, 10
 
 
@@ -117,6 +121,14 @@ class Asked:
 
     to_stop = False
 
+    def after(self, step: int) -> bool:
+        """Whether to stop after a step: of several hosts all do after the same, whichever was asked.
+
+        Args:
+          step: that was just made; to be called after every one.
+        """
+        return multihost_utils.reached_preemption_sync_point(step) if hosts.several() else self.to_stop
+
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Asked]:
@@ -126,7 +138,8 @@ def asked_to_stop() -> Iterator[Asked]:
     def note(*_: Any) -> None:
         asked.to_stop = True
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+    # The main thread alone may say what signals do; where there are several hosts, JAX does.
+    if threading.current_thread() is not threading.main_thread() or hosts.several():
         yield asked
         return
     before = signal.signal(signal.SIGTERM, note)

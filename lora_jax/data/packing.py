@@ -186,7 +186,7 @@ def padding(rows: Sequence[Row], length: int) -> float:
     return 1 - sum(example.inputs for row in rows for example in row) / (len(rows) * length)
 
 
-def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Any:
+def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int, part: slice = slice(None)) -> Any:
     """Endless batches, shuffled anew in every pass over the rows.
 
     Args:
@@ -194,13 +194,13 @@ def iterate(rows: Sequence[Row], length: int, batch_size: int, seed: int, shard:
       length: T.
       batch_size: B.
       seed: of the order.
-      shard: `(n, count)`: of all rows in their order every count-th from the n-th on. Hosts that each take one shard,
-        in batches of B / count, together take the batches of B that one alone would.
+      part: the rows of each batch to write. Hosts that each take one together take the batches that one alone would,
+        and the place is the same for all, and for another number of them.
 
     Returns:
       A Grain iterator: its `get_state()` and `set_state(...)` remember and restore the place.
     """
-    return mix([(rows, 1.0)], length, batch_size, seed, shard)
+    return mix([(rows, 1.0)], length, batch_size, seed, part)
 
 
 def mix(
@@ -208,7 +208,7 @@ def mix(
     length: int,
     batch_size: int,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
+    part: slice = slice(None),
     write: Callable[[Sequence[Any], int], Any] = batch,
 ) -> Any:
     """Endless batches of several sources' rows, each shuffled anew in every pass over it.
@@ -218,7 +218,7 @@ def mix(
       length: T.
       batch_size: B.
       seed: of the order.
-      shard: as for `iterate`.
+      part: as for `iterate`.
       write: `batch`, or a function that stands for it.
 
     Returns:
@@ -228,7 +228,5 @@ def mix(
     dataset = datasets[0]
     if len(parts) > 1:
         dataset = grain.MapDataset.mix(datasets, [weight for _, weight in parts])
-    if shard != (0, 1):
-        dataset = dataset[shard[0] :: shard[1]]
-    dataset = dataset.batch(batch_size, batch_fn=lambda chosen: write(chosen, length))
+    dataset = dataset.batch(batch_size, batch_fn=lambda chosen: write(chosen[part], length))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -122,7 +122,7 @@ class _Each(grain.experimental.FlatMapTransform):
 
 
 def iterate(
-    stream: Stream, batch_size: int, seed: int, pack: bool = False, shard: tuple[int, int] = (0, 1)
+    stream: Stream, batch_size: int, seed: int, pack: bool = False, part: slice = slice(None)
 ) -> Iterator[packing.Batch]:
     """Endless batches, shuffled anew in every pass over the examples.
 
@@ -131,14 +131,13 @@ def iterate(
       batch_size: B.
       seed: of the order.
       pack: put several examples into a row, each where it leaves the least room, `BINS` rows at a time.
-      shard: `(n, count)`: every count-th example from the n-th on.
+      part: the rows of each batch to give, as for `packing.iterate`. What is in a row depends on those before it, so
+        that all examples are read to make any part of the batches.
 
     Returns:
       A Grain iterator: its `get_state()` and `set_state(...)` remember and restore the place.
     """
     examples = grain.MapDataset.source(stream).seed(seed).shuffle().repeat()
-    if shard != (0, 1):
-        examples = examples[shard[0] :: shard[1]]
     pieces = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
     pieces = grain.experimental.FlatMapIterDataset(pieces, _Each())
     lengths = dict.fromkeys(("tokens", "targets", "weights"), stream.length)
@@ -149,10 +148,11 @@ def iterate(
         max_sequences_per_bin=None if pack else 1,
         seed=seed,
     )
-    return iter(rows.batch(batch_size, drop_remainder=True).map(_named))
+    return iter(rows.batch(batch_size, drop_remainder=True).map(lambda batch: _named(batch, part)))
 
 
-def _named(batch: dict[str, Any]) -> packing.Batch:
+def _named(batch: dict[str, Any], part: slice) -> packing.Batch:
+    batch = {name: x[part] for name, x in batch.items()}
     arrays = {name: batch[name] for name in ("tokens", "targets", "weights")}
     return arrays | {"segments": batch["tokens_segment_ids"], "positions": batch["tokens_positions"]}
 

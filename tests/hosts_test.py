@@ -1,0 +1,168 @@
+"""Supervised fine-tuning by two and four hosts, processes here: the losses are those of one, and one of them writes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from lora_jax import checkpoint
+from train import loop, run
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts")
+    tiny.write(folder / "model")
+    lines = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(9) for b in range(9)]
+    for host in range(4):  # each has its own files
+        (folder / f"host{host}").mkdir()
+        tiny.write_jsonl(folder / f"host{host}" / "sums.jsonl", lines)
+        tiny.write_jsonl(folder / f"host{host}" / "other.jsonl", [*lines, {"prompt": "what", "completion": str(host)}])
+    return folder
+
+
+def start(place, folder, count, *more, present=None):
+    """The processes of a run by several hosts, or those of them that are present."""
+    settings = {
+        "model": place / "model",
+        "run": place / folder,
+        "data.source": "sums.jsonl",
+        "data.heldout": 8,
+        "steps": STEPS,
+        "batch_size": 8,
+        "lora.rank": 4,
+        "lora.dropout": 0.1,
+        "optim.schedule": "constant",
+        "optim.lr": 1e-2,
+        "eval.every": 4,
+        "eval.answers": 4,
+        "eval.max_new": 4,
+        "eval.batch_size": 4,
+        "checkpoint.every": 3,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "train.sft", f"--config={ROOT}/configs/quickstart.py", *flags]
+            + ([f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={n}"] if count > 1 else [])
+            + [flag.replace("HOST", str(n)) for flag in more],
+            cwd=place / f"host{n}",
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for n in range(count)
+        if n in (present or range(count))
+    ]
+
+
+def end(processes, status=0):
+    """What each said, on either channel, once all have ended with this status; Gloo speaks for itself."""
+    try:
+        said = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, said, strict=True):
+        assert process.returncode == status, errors
+    return [(re.sub(r"\[Gloo\].*\n", "", out), errors) for out, errors in said]
+
+
+def errors(said):
+    return [next(line for line in errors.splitlines() if line.startswith("error: ")) for _, errors in said]
+
+
+def numbers(place, folder):
+    """What was measured and does not depend on time, in an array, and the steps."""
+    lines = loop.read(place / folder / loop.METRICS)
+    names = ("loss", "gradient_norm", "tokens", "heldout_loss", "exact_match")
+    return [line["step"] for line in lines], np.array([[line.get(name, 0) for name in names] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def interrupted(place):
+    """Four hosts until the third is asked to stop, then two; returns the step at which they changed."""
+    four = start(place, "changed", 4, "--config.mesh=data=2,fsdp=2", "--config.steps=100000")
+    deadline = time.monotonic() + 400
+    while not any(line["step"] >= 2 for line in loop.read(place / "changed" / loop.METRICS)):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in four)
+        time.sleep(0.05)
+    os.kill(four[2].pid, signal.SIGTERM)
+    said = end(four, run.RESUMABLE)
+    stopped = checkpoint.newest(place / "changed" / "checkpoints", log=pytest.fail)
+    assert f"step {stopped}: asked to stop, and saved" in said[0][0] and not any(out for out, _ in said[1:])
+    two = start(place, "changed", 2, f"--config.steps={stopped + STEPS}")
+    assert f"going on from step {stopped} of" in end(two)[0][0]
+    return stopped
+
+
+@pytest.fixture(scope="module")
+def alone(place, interrupted):
+    """One host, for as long."""
+    end(start(place, "alone", 1, f"--config.steps={interrupted + STEPS}"))
+    return numbers(place, "alone")
+
+
+def test_two_hosts_are_as_one(place, alone):
+    said = end(start(place, "two", 2, "--config.mesh=fsdp=2"))
+    steps, values = numbers(place, "two")
+    assert steps == alone[0][: len(steps)] and len(steps) == STEPS + 3  # three evaluations
+    np.testing.assert_allclose(values, alone[1][: len(steps)], rtol=1e-5)
+    # Each line is written once, and one host speaks.
+    assert "held-out loss" in said[0][0] and not said[1][0]
+    samples = [(place / folder / loop.SAMPLES).read_text().splitlines() for folder in ("two", "alone")]
+    assert samples[0] == samples[1][: len(samples[0])] and samples[0]
+    assert (place / "two" / "adapter" / "adapter_model.safetensors").is_file()
+    # Partner: losses differ from step to step by more than hosts do.
+    assert np.abs(np.diff(values[values[:, 0] > 0, 0])).min() > 1e-4
+
+
+def test_four_hosts_and_then_two_are_as_one(place, alone, interrupted):
+    """Evaluations apart: when the last one is, is decided by when the run is to end."""
+    mine, theirs = (
+        {step: row[:3] for step, row in zip(*found, strict=True) if row[0]}
+        for found in (numbers(place, "changed"), alone)
+    )
+    assert list(mine) == list(theirs) == [*range(1, interrupted + STEPS + 1)]
+    np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=1e-5)
+
+
+def test_a_host_that_never_arrives_is_named(place):
+    said = end(start(place, "missing", 2, "--arrival=2", present=[0]), status=1)
+    assert "for 2 hosts, but not for host 1: start it" in errors(said)[0]
+    assert not (place / "missing").exists()
+
+
+def test_hosts_with_different_settings(place):
+    said = end(start(place, "differ", 2, "--config.optim.b2=0.9HOST"), status=1)
+    for host, line in enumerate(errors(said)):
+        assert line == (
+            f"error: host {host}: config.optim.b2 is 0.9 on host 0 and 0.91 on host 1; "
+            "start all of them with the same command and the same files"
+        )
+    assert not (place / "differ").exists()
+
+
+def test_hosts_with_different_files(place):
+    said = end(start(place, "differ", 2, "--config.data.source=other.jsonl"), status=1)
+    for host, line in enumerate(errors(said)):
+        assert line.startswith(f"error: host {host}: the run's data is ") and " on host 1; start all" in line
+    assert not (place / "differ" / "metrics.jsonl").exists()

@@ -1,0 +1,108 @@
+"""How hosts wait for each other: all come, one does not, the first does not, and a stranger does."""
+
+import concurrent.futures
+import socket
+import time
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from train import hosts, meeting
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def meet(port, numbers, count, seconds=1.0):
+    """What each of some hosts is told: None that all are there."""
+
+    def one(number):
+        try:
+            return meeting.wait(f"localhost:{port}", count, number, seconds)
+        except TimeoutError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(len(numbers)) as threads:
+        return list(threads.map(one, numbers))
+
+
+def test_all_come(port):
+    assert meet(port, [3, 1, 0, 2], 4, 30) == [None] * 4
+    with socket.create_server(("", port)):  # it is free for JAX's service
+        pass
+
+
+def test_who_does_not_come_is_named_everywhere(port):
+    said = meet(port, [0, 2], 4)
+    assert said[0] == said[1]
+    assert f"waited 1 s at localhost:{port} for 4 hosts, but not for host 1, host 3: start it" in said[0]
+
+
+def test_without_the_first(port):
+    begun = time.monotonic()
+    (said,) = meet(port, [1], 2)
+    assert "but not for host 0" in said and "\n" not in said and 0.9 < time.monotonic() - begun < 20
+
+
+def test_a_stranger_is_no_host(port):
+    def strange():
+        for word in (b"GET / HTTP/1.1\r\n\r\n", b"7", b""):
+            with socket.create_connection(("localhost", port)) as first:
+                first.sendall(word)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        told = threads.submit(meet, port, [0], 2, 5)
+        time.sleep(0.5)
+        strange()
+        with socket.create_connection(("localhost", port)) as first:
+            first.sendall(b"1")
+            assert first.recv(10) == meeting.GO
+        assert told.result() == [None]
+
+
+@pytest.mark.parametrize("address", ["host0", "host0:", ":1234", "host0:http"])
+def test_an_address_has_a_port(address):
+    with pytest.raises(ValueError, match="give the first host and a free port of it, such as host0:1234"):
+        meeting.wait(address, 2, 0, 1)
+
+
+def test_what_a_cluster_says():
+    assert not hosts._detected({"SLURM_NTASKS": "4"})  # a batch script itself
+    assert not hosts._detected({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"})
+    assert hosts._detected({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"})
+    assert hosts._detected({"TPU_WORKER_HOSTNAMES": "a,b"}) and not hosts._detected(
+        {"TPU_WORKER_HOSTNAMES": "localhost"}
+    )
+    assert hosts._detected({"MEGASCALE_COORDINATOR_ADDRESS": "a"}) and hosts._detected(
+        {"JAX_COORDINATOR_ADDRESS": "a:1"}
+    )
+    assert not hosts._detected({})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"processes": 2}, r"several hosts cannot begin \(.*\); give --coordinator, --processes, --process"),
+        (
+            {"coordinator": "host0:1", "processes": 2, "process": 2},
+            "--process=2: with --processes=2 it is one of 0",
+        ),
+        ({"coordinator": "host0", "processes": 2, "process": 1}, "--coordinator=host0: give the first host and a free"),
+    ],
+)
+def test_flags_that_say_half_of_it(given, message):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["train"])
+    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
+        hosts.join()
+
+
+def test_one_host_is_everything():
+    assert hosts.first() and not hosts.several() and hosts.part(8) == slice(0, 8)
+    hosts.agree({"a": 1}, "")
+    hosts.leave()
