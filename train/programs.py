@@ -62,27 +62,27 @@ def training(
       The program, its parts `base`, `adapters` (what is trained), `optimizer` and `batch`.
     """
     base, trainable, model = _start(config, shape, dtype)
+    specs = placing.weight_specs(config, shape, model.params, mesh)
+    where = _trainable_places(config, trainable, specs, mesh)
+    tx = methods.optimizer(config, trainable, settings.schedule(config, methods.rate(config, shape.dim)))
+    optimizer = jax.eval_shape(tx.init, trainable)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    states = optax.tree.map_params(
+        tx, lambda _, place: place, optimizer, where, transform_non_params=lambda _: everywhere
+    )
+    parts = {
+        "base": None if base is None else placed(base, sharding.places(base, specs, mesh)),
+        "adapters": placed(trainable, where),
+        "optimizer": placed(optimizer, states),
+        "batch": _batch(config.batch_size, length, sharding.rows(mesh)),
+    }
+    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    loss, tree = _loss(config, model, learned)
+    step = make_update(loss, tree, tx, config.accumulate, (where, states))
+    given = parts["adapters"], parts["optimizer"], parts["base"], parts["batch"], key
     with jax.set_mesh(mesh):
         placing.check(config)
-        specs = placing.weight_specs(config, shape, model.params, mesh)
-        where = _trainable_places(config, trainable, specs, mesh)
-        tx = methods.optimizer(config, trainable, settings.schedule(config, methods.rate(config, shape.dim)))
-        optimizer = jax.eval_shape(tx.init, trainable)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        states = optax.tree.map_params(
-            tx, lambda _, place: place, optimizer, where, transform_non_params=lambda _: everywhere
-        )
-        parts = {
-            "base": None if base is None else placed(base, sharding.places(base, specs, mesh)),
-            "adapters": placed(trainable, where),
-            "optimizer": placed(optimizer, states),
-            "batch": _batch(config.batch_size, length, sharding.rows(mesh)),
-        }
-        key = jax.eval_shape(jax.random.key, 0)
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-        loss, tree = _loss(config, model, learned)
-        step = make_update(loss, tree, tx, config.accumulate, (where, states))
-        given = parts["adapters"], parts["optimizer"], parts["base"], parts["batch"], key
         lowered, flops = step.lower(*given), cost.flops(step, *given)
     part = config.batch_size // config.accumulate
     activations = kept(config, shape, length, learned, dtype) * part // row_parts(mesh)

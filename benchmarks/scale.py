@@ -1,0 +1,94 @@
+"""What large models take of chips that are not there: each training step and sampling step, compiled by the chips' compilers.
+
+    python benchmarks/scale.py      # needs the compilers: make test-slow installs them
+
+Writes benchmarks/results/scale.json after each program, goes on from what is there, and at the end docs/scale.md.
+`configs/scale.py` has the settings that all rows share.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from benchmarks import scale_page
+from configs import scale
+from lora_jax import sharding
+from train import architectures, forecast, programs, topology
+
+RESULT = Path(__file__).parent / "results" / "scale.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+LENGTH, CHUNK = 4096, 512  # tokens of a row, and those of a row whose logits are held at once
+FOUR = ("lora", "sampling", "lora on nf4", "full")
+
+
+class Case(NamedTuple):
+    """Programs of one model on one mesh; `rows` are those of a chip in a step."""
+
+    model: str
+    topology: str
+    mesh: str = "fsdp=-1"
+    kinds: tuple[str, ...] = FOUR
+    remat: str = "full"
+    rows: int = 1
+
+
+CASES = [
+    Case("llama-3.1-8b", "v5e:4x4"),
+    Case("llama-3.1-8b", "h100"),
+    Case("llama-3.1-70b", "v5p:4x4x4"),
+    Case("llama-3.1-405b", "v5p:4x4x8"),
+    Case("qwen3-30b-a3b", "v5e:4x4", "expert=-1"),
+    Case("llama-3.1-70b", "v5e:16x16", kinds=("lora", "full", "sampling")),
+    Case("llama-3.2-1b", "v5e:2x2"),
+    Case("qwen3-8b", "v6e:2x2"),
+    Case("gemma-3-4b", "v6e:1x1"),
+    Case("gemma-3-12b", "v6e:2x4"),
+    Case("gemma-3-27b", "v5p:2x2x2"),
+    *(Case("llama-3.1-8b", "h100", kinds=("lora",), remat=remat) for remat in ("dots", "none")),
+    *(Case("llama-3.1-8b", "h100", kinds=("lora", "sampling"), rows=rows) for rows in (2, 4, 8)),
+]
+
+
+def main() -> None:
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    done = {_key(row) for row in rows}
+    for kind, case in ((kind, case) for kind in FOUR for case in CASES if kind in case.kinds):
+        row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
+        if _key(row) in done:
+            continue
+        print(*row.values(), flush=True)
+        rows.append(row | dataclasses.asdict(compiled(case, kind)))
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")}
+        result = {"versions": versions | {"python": platform.python_version()}, "length": LENGTH, "rows": rows}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
+
+
+def compiled(case: Case, kind: str) -> forecast.Forecast:
+    where = topology.get(case.topology)
+    mesh = sharding.mesh(case.mesh, where.devices)
+    rows = case.rows * programs.row_parts(mesh)
+    config = scale.get_config()
+    config.update({"model": case.model, "mesh": case.mesh, "remat": case.remat, "batch_size": rows})
+    config.loss_chunk, config.eval.batch_size = rows * CHUNK, rows
+    config.method = "full" if kind == "full" else "lora"
+    config.quantize = kind.removeprefix("lora on ") if kind.startswith("lora on ") else ""
+    shape = architectures.decoder(case.model)
+    if kind == "sampling":
+        program = programs.sampling(config, shape, mesh, jnp.bfloat16, LENGTH)
+    else:
+        program = programs.training(config, shape, mesh, jnp.bfloat16, LENGTH, LENGTH)
+    return forecast.make(program, mesh, where)
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("model", "topology", "mesh", "kind", "remat", "rows"))
+
+
+if __name__ == "__main__":
+    main()

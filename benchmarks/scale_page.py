@@ -1,0 +1,5 @@
+"""docs/scale.md from benchmarks/results/scale.json."""
+
+
+def text(result):
+    return ""
