@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from lora_jax.data import formats
+from lora_jax.models import decoder, kernels
 from lora_jax.quant import FORMATS
 from train import placing, trackers
 from train.methods import METHODS
@@ -31,7 +32,8 @@ def common() -> Config:
             "steps": 100,  # updates
             "batch_size": 16,  # rows in an update
             "accumulate": 1,  # parts that a batch is computed in, to save memory; the update is the same
-            "remat": "none",  # what the backward pass recomputes: "none", "dots" (all but products), "full"
+            "remat": "none",  # what the backward pass recomputes: "none", "dots" (all but products), "full"; "offload": "dots", on the host
+            "attention": "auto",  # what computes it: "chunked", "splash" (TPU), "cudnn" (GPU); "auto": by the platform
             "loss_chunk": 0,  # tokens whose logits are held at once; 0: all
             "mesh": "",  # devices along the axes data, fsdp, tensor, expert: "fsdp=4,tensor=2"; empty: one device
             "method": "lora",  # train/methods.py lists them; "full" trains every parameter
@@ -130,6 +132,7 @@ def check_common(config: Config) -> None:
       ValueError: naming the setting.
     """
     choices = {"dtype": ("", "float32", "bfloat16"), "optim.schedule": tuple(SCHEDULES), "method": tuple(METHODS)}
+    choices |= {"remat": tuple(decoder.REMAT), "attention": ("auto", *kernels.KINDS)}
     choices |= {"quantize": ("", *FORMATS), "guard.then": ("stop", "skip")}
     for name, allowed in choices.items():
         if _get(config, name) not in allowed:

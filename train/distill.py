@@ -53,7 +53,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     """
     distill_settings.check(config)
     dtype = jnp.dtype(config.dtype or loop.base_dtype())
-    model = methods.load(config, dtype)
+    model = methods.attending(config, methods.load(config, dtype))
     teacher, taught = load_teacher(config, model, dtype)
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     data = teaching.prepare(config, format, (methods.room(config, model.config), teacher.context))

@@ -17,7 +17,7 @@ from lora_jax.adalora import adalora
 from lora_jax.eva import eva
 from lora_jax.interop import hf
 from lora_jax.loftq import loftq
-from lora_jax.models import decoder
+from lora_jax.models import decoder, kernels
 from lora_jax.models.config import DecoderConfig
 from train import placing
 
@@ -93,6 +93,29 @@ def load(config: Config, dtype: jnp.dtype) -> hf.Checkpoint:
     now = config.quantize and config.method != "loftq"
     quantize = {"all-linear": config.quantize} if now else None
     return hf.load(config.model, dtype, quantize=quantize, places=placing.base(config))
+
+
+def attending(config: Config, model: hf.Checkpoint) -> hf.Checkpoint:
+    """The model, its attention computed by what `config.attention` and the platform say; prints what and why."""
+    dtype = jax.tree.leaves(model.params["final_norm"])[0].dtype
+    given = config.attention, jax.default_backend(), model.config, dtype, config.method in SOFT
+    kind, why = kernels.choose(*given)
+    print(f"attention: {kind} ({why})")
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, attention=kind))
+
+
+def once(config: Config, trainable: Tree, shape: DecoderConfig) -> bool:
+    """Whether chunks of logits are computed once, and not again for gradients; prints so.
+
+    An adapter of the head is trained through the head's product, which is then computed again.
+    """
+    if not config.loss_chunk:
+        return False
+    head = "embed/embedding" if shape.tied else "head/kernel"
+    adapted = isinstance(trainable, Mapping) and head in trainable
+    how = f"computed again for gradients: {head} has an adapter" if adapted else "computed once"
+    print(f"loss: logits of {config.loss_chunk} tokens at a time, {how}")
+    return not adapted
 
 
 def start(

@@ -23,6 +23,7 @@ def negative_log_likelihood(
     learned: int,
     remat: str = "none",
     chunk: int = 0,
+    once: bool = False,
     packed: bool = False,
     prefix: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -35,6 +36,7 @@ def negative_log_likelihood(
       learned: S, the most targets with a weight in a row: only these need logits.
       remat: as `decoder.hidden`.
       chunk: positions whose logits are held at once; 0 holds all.
+      once: as `loss.cross_entropy`.
       packed: whether a row holds several examples.
       prefix: as `decoder.hidden`.
 
@@ -46,7 +48,7 @@ def negative_log_likelihood(
     weights_BS, index_BS = largest(batch["weights"], learned)
     hidden_BSD = jnp.take_along_axis(hidden_BTD, index_BS[..., None], axis=1)
     targets_BS = jnp.take_along_axis(batch["targets"], index_BS, axis=1)
-    return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape, chunk or None)
+    return loss.cross_entropy(params, hidden_BSD, targets_BS, weights_BS, shape, chunk or None, once)
 
 
 def largest(weights_BT: jax.Array, learned: int) -> tuple[jax.Array, jax.Array]:

@@ -51,7 +51,7 @@ def train(config: Config, folder: Path, name: str) -> None:
       ValueError, OSError, ArithmeticError: with one line that says what to change.
     """
     rl_settings.check(config)
-    model = methods.load(config, jnp.dtype(config.dtype or loop.base_dtype()))
+    model = methods.attending(config, methods.load(config, jnp.dtype(config.dtype or loop.base_dtype())))
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     prompts = rollout.prepare(config, format, methods.room(config, model.config))
 

@@ -49,7 +49,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     """
     settings.check(config)
     dtype = jnp.dtype(config.dtype or loop.base_dtype())
-    model = methods.load(config, dtype)
+    model = methods.attending(config, methods.load(config, dtype))
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     data = examples.prepare(config, format, methods.room(config, model.config))
     nll = functools.partial(
@@ -82,8 +82,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     rate = settings.schedule(config, methods.rate(config, model.config.dim))
     tx = methods.optimizer(config, trainable, rate)
-    optimizer = tx.init(trainable)
-    step = make_update(methods.applied(nll), tree, tx, config.accumulate, placing.kept(trainable, optimizer))
+    optimizer, learnt = tx.init(trainable), functools.partial(nll, once=methods.once(config, trainable, model.config))
+    step = make_update(methods.applied(learnt), tree, tx, config.accumulate, placing.kept(trainable, optimizer))
     measure = jax.jit(methods.applied(nll))
     speak = methods.applied(decoder.forward_with_cache)
 

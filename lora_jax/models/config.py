@@ -38,6 +38,7 @@ class DecoderConfig:
       attn_cap, logit_cap: c·tanh(x/c) of scores and logits; None for no cap.
       experts, active_experts: MLPs of a layer, and how many of them a token goes through; 0 for one MLP.
       normalised_experts: the weights of a token's experts add up to 1.
+      attention: what computes it, of `kernels.KINDS`; no part of the model.
     """
 
     family: str
@@ -79,6 +80,7 @@ class DecoderConfig:
     experts: int = 0
     active_experts: int = 0
     normalised_experts: bool = True
+    attention: str = "chunked"
 
     @property
     def untied(self) -> bool:

@@ -6,13 +6,15 @@ dim, V vocabulary, L layers. The layers' parameters are stacked on a leading axi
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import attention, partition, rope
+from lora_jax.models import attention, kernels, partition, rope
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.modules import Decoder
 
@@ -26,12 +28,26 @@ def _narrow(primitive: Any, *operands: Any, **params: Any) -> bool:
     return not batch and 8 * (operands[1].size // depth) < depth
 
 
-REMAT = {
+_to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["kept", "layer"],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+
+
+def _offloaded(primitive: Any, *operands: Any, **params: Any) -> Any:
+    # What is narrow is not worth the way.
+    return _narrow(primitive, *operands, **params) or _to_host(primitive, *operands, **params)
+
+
+REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _narrow, jax.checkpoint_policies.save_only_these_names("kept")
     ),
+    "offload": _offloaded,
 }
 Params = Any
 Cache = dict[str, jax.Array]
@@ -80,7 +96,7 @@ def hidden(
       positions_BT: rotary positions; 0, 1, 2, ... in each row if None.
       segments_BT: tokens see earlier tokens of their own segment only; one segment per row if None.
       remat: "none" keeps what the backward pass needs, "full" recomputes each layer from its input,
-        "dots" keeps the results of products only.
+        "dots" keeps the results of products only, "offload" keeps them and each layer's input in the host's memory.
       prefix: keys and values [L, N, K, h], as `keys_values` gives them, of N tokens before every segment of every
         row; `positions_BT` is counted from the end of the prefix.
 
@@ -136,10 +152,10 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
     def body(x_BTD, xs):
         layer, varying, prefix_NKh = xs
         window = varying.get("window", config.window)
+        x_BTD = checkpoint_name(x_BTD, "layer")
 
         def attend(q, k, v):
-            mixed = attention.causal(q, k, v, segments_BT, prefix_NKh, window, config.attn_scale, config.attn_cap)
-            return mixed, (k, v) if keep else None
+            return _mixed(q, k, v, segments_BT, prefix_NKh, window, config), (k, v) if keep else None
 
         x_BTD, kept = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
         return partition.rows(x_BTD), kept
@@ -147,6 +163,17 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(body, x_BTD, (layers, _varying(config), prefix))
+
+
+def _mixed(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefix_NKh, window, config: DecoderConfig) -> jax.Array:
+    """Attention, by what the config says; what the backward pass wants of it has the name "kept"."""
+    if config.attention == "chunked":
+        given = q_BTHh, k_BTKh, v_BTKh, segments_BT, prefix_NKh, window
+        return checkpoint_name(attention.causal(*given, config.attn_scale, config.attn_cap), "kept")
+    given = q_BTHh, k_BTKh, v_BTKh, segments_BT, window, config.attn_scale
+    if config.attention == "splash":
+        return kernels.splash(*given, config.attn_cap)  # it has given its result the name itself
+    return checkpoint_name(kernels.cudnn(*given), "kept")
 
 
 def _varying(config: DecoderConfig) -> dict[str, jax.Array]:

@@ -20,11 +20,11 @@ def cross_entropy(
     weights_BT: jax.Array,
     config: DecoderConfig,
     chunk: int | None = None,
-    frozen_head: bool = False,
+    once: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ w·(log Σ exp z - z_target) with logits z = head(hidden), in float32.
 
-    A step costs two products with the head where it holds all logits or `frozen_head`, else three.
+    A step costs two products with the head where it holds all logits or computes them `once`, else three.
 
     Args:
       params: the decoder's parameters.
@@ -33,21 +33,18 @@ def cross_entropy(
       weights_BT: 0 where a token does not count.
       config: the decoder's shape.
       chunk: tokens whose logits are held at once, the last filled up with weights 0; None holds all.
-      frozen_head: no gradient of the head is wanted, so that the gradient of `hidden_BTD` is computed in the
-        forward pass, chunk by chunk, and no logits are computed twice. The head cannot carry an adapter then.
+      once: no logits are computed twice: the gradient of `hidden_BTD`, and if it is asked for that of the head, is
+        computed in the forward pass, chunk by chunk. The head cannot carry an adapter then: a lifted function says so.
 
     Returns:
       Sum of weighted losses in nats and sum of weights, float32 scalars.
-
-    Raises:
-      ValueError: the head is differentiated though frozen.
     """
     weights_BT = weights_BT.astype(jnp.float32)
     chunks = [partition.chunks(x, chunk or targets_BT.size) for x in (hidden_BTD, targets_BT, weights_BT)]
     part = "embed" if config.tied else "head"
     total: Any
-    if frozen_head:
-        total = _with_frozen_head(config, {part: params[part]}, *chunks)
+    if once:
+        total = _in_one_pass(config, {part: params[part]}, *chunks)
     elif chunk is None:
         total = _chunk_loss(params, config, *(x[0] for x in chunks))
     else:
@@ -68,7 +65,7 @@ def _loss(logits_NV, targets_N, weights_N) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_frozen_head(config, params, hidden_CND, targets_CN, weights_CN) -> jax.Array:
+def _in_one_pass(config, params, hidden_CND, targets_CN, weights_CN) -> jax.Array:
     step = functools.partial(_chunk_loss, params, config)
     return jax.lax.scan(
         lambda sum_, xs: (sum_ + step(*xs), None), jnp.float32(0), (hidden_CND, targets_CN, weights_CN)
@@ -76,20 +73,29 @@ def _with_frozen_head(config, params, hidden_CND, targets_CN, weights_CN) -> jax
 
 
 def _forward(config, params, hidden_CND, targets_CN, weights_CN):
-    if any(x.perturbed for x in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "perturbed"))):
-        raise ValueError("cross_entropy: frozen_head=True, but the head's gradient is asked for; leave it out")
-    params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "perturbed"))
+    def primal(x):
+        return hasattr(x, "perturbed")
 
-    def step(total, xs):
-        hidden_ND, targets_N, weights_N = xs
-        loss, pullback = jax.vjp(lambda x: _chunk_loss(params, config, x, targets_N, weights_N), hidden_ND)
-        return total + loss, pullback(jnp.float32(1))[0]
+    learned = any(x.perturbed for x in jax.tree.leaves(params, is_leaf=primal))
+    params = jax.tree.map(lambda x: x.value, params, is_leaf=primal)
+    gradient = jax.value_and_grad(_chunk_loss, argnums=(2, 0) if learned else (2,))
 
-    return jax.lax.scan(step, jnp.float32(0), (hidden_CND.value, targets_CN.value, weights_CN.value))
+    def step(sums, xs):
+        loss, (of_hidden_ND, *of_head) = gradient(params, config, *xs)
+        return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), sums, (loss, of_head)), of_hidden_ND
+
+    zeros = [jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)] if learned else []
+    xs = hidden_CND.value, targets_CN.value, weights_CN.value
+    (total, of_head), of_hidden_CND = jax.lax.scan(step, (jnp.float32(0), zeros), xs)
+    return total, (jax.tree.map(lambda g, w: g.astype(w.dtype), of_head, [params] * learned), of_hidden_CND)
 
 
-def _backward(config, gradient_CND, cotangent):
-    return None, cotangent.astype(gradient_CND.dtype) * gradient_CND, None, None
+def _backward(config, gradients, cotangent):
+    def scaled(x):
+        return cotangent.astype(x.dtype) * x
+
+    of_head, of_hidden_CND = jax.tree.map(scaled, gradients)
+    return of_head[0] if of_head else None, of_hidden_CND, None, None
 
 
-_with_frozen_head.defvjp(_forward, _backward, symbolic_zeros=True)
+_in_one_pass.defvjp(_forward, _backward, symbolic_zeros=True)

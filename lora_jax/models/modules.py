@@ -109,7 +109,7 @@ class Layer(nnx.Module):
         q_BTHh = rope.rotate(_by_width(self.q_norm, self.q_proj(n_ND)).reshape(heads), *angles)
         k_BTKh = rope.rotate(_by_width(self.k_norm, self.k_proj(n_ND)).reshape(heads), *angles)
         mixed_BTHh, extra = attend(q_BTHh, k_BTKh, self.v_proj(n_ND).reshape(heads))
-        new_ND = self.o_proj(checkpoint_name(mixed_BTHh.reshape(B * T, -1), "kept"))
+        new_ND = self.o_proj(mixed_BTHh.reshape(B * T, -1))
         x_ND = self._added(x_ND, self.attn_post_norm(new_ND) if c.post_norm else new_ND)
         n_ND = self.mlp_norm(x_ND) if c.pre_norm else x_ND
         if c.experts:
