@@ -109,13 +109,16 @@ def once(config: Config, trainable: Tree, shape: DecoderConfig) -> bool:
 
     An adapter of the head is trained through the head's product, which is then computed again.
     """
-    if not config.loss_chunk:
-        return False
-    head = "embed/embedding" if shape.tied else "head/kernel"
-    adapted = isinstance(trainable, Mapping) and head in trainable
-    how = f"computed again for gradients: {head} has an adapter" if adapted else "computed once"
-    print(f"loss: logits of {config.loss_chunk} tokens at a time, {how}")
-    return not adapted
+    free = bool(config.loss_chunk) and not head_adapted(trainable, shape)
+    if config.loss_chunk:
+        how = "computed once" if free else "computed again for gradients: the head has an adapter"
+        print(f"loss: logits of {config.loss_chunk} tokens at a time, {how}")
+    return free
+
+
+def head_adapted(trainable: Tree, shape: DecoderConfig) -> bool:
+    """Whether what is trained has an adapter of the head."""
+    return isinstance(trainable, Mapping) and ("embed/embedding" if shape.tied else "head/kernel") in trainable
 
 
 def start(
