@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from benchmarks import scale_page
 from configs import scale
 from lora_jax import sharding
-from train import architectures, forecast, programs, topology
+from train import architectures, forecast, plan, programs, topology
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     model: str
     topology: str
-    mesh: str = "fsdp=-1"
+    line: str = "fsdp=-1"
     kinds: tuple[str, ...] = FOUR
     remat: str = "full"
     rows: int = 1
@@ -71,14 +71,14 @@ def main() -> None:
 
 def compiled(case: Case, kind: str) -> forecast.Forecast:
     where = topology.get(case.topology)
-    mesh = sharding.mesh(case.mesh, where.devices)
+    mesh = sharding.mesh(case.line, where.devices)
     rows = case.rows * programs.row_parts(mesh)
     config = scale.get_config()
-    config.update({"model": case.model, "mesh": case.mesh, "remat": case.remat, "batch_size": rows})
+    config.update({"model": case.model, "mesh": case.line, "remat": case.remat, "batch_size": rows})
     config.loss_chunk, config.eval.batch_size = rows * CHUNK, rows
     config.method = "full" if kind == "full" else "lora"
     config.quantize = kind.removeprefix("lora on ") if kind.startswith("lora on ") else ""
-    shape = architectures.decoder(case.model)
+    shape = plan.attending(config, architectures.decoder(case.model), where, jnp.bfloat16)
     if kind == "sampling":
         program = programs.sampling(config, shape, mesh, jnp.bfloat16, LENGTH)
     else:
@@ -87,7 +87,7 @@ def compiled(case: Case, kind: str) -> forecast.Forecast:
 
 
 def _key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("model", "topology", "mesh", "kind", "remat", "rows"))
+    return tuple(row[name] for name in ("model", "topology", "line", "kind", "remat", "rows"))
 
 
 if __name__ == "__main__":

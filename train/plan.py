@@ -9,6 +9,7 @@ has no data, `config.data.length` says how long rows are.
 """
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from ml_collections import config_flags
 from lora_jax import sharding
 from lora_jax.data import chat
 from lora_jax.interop import hf
+from lora_jax.models import kernels
 from lora_jax.models.config import DecoderConfig
 from train import advice, architectures, examples, forecast, launch, loop, methods, plan_table, programs, topology
 from train import config as settings
@@ -75,8 +77,9 @@ def plan(
     Raises:
       ValueError, OSError: with one line that says what to change; also if the run does not fit.
     """
-    rows = read(config, tokens)
     mesh, dtype = mesh_of(config, where), dtype_of(config, where)
+    rows = read(config, tokens)
+    rows = rows._replace(shape=attending(config, rows.shape, where, dtype))
     step = programs.training(config, rows.shape, mesh, dtype, rows.length, rows.learned)
     full = programs.training(fully(config), rows.shape, mesh, dtype, rows.length, rows.learned)
     sampled = programs.sampling(config, rows.shape, mesh, dtype, rows.length)
@@ -90,7 +93,7 @@ def plan(
     console.print(plan_table.table(found))
     rate, trained = methods.rate(config, rows.shape.dim), advice.trained(step)
     facts = [
-        f"{config.model} on {first.chips} x {first.chip}, config.mesh={config.mesh!r}, {config.batch_size} rows of "
+        f"{config.model} on {first.chips} x {first.chip}, mesh {dict(first.mesh)}, {config.batch_size} rows of "
         f"{rows.length} tokens, config.remat={config.remat!r}",
         f"between steps: {first.state / sampling.state:.3f} of what sampling keeps without its cache; at the peak: "
         f"{first.peak / sampling.peak:.3f} of sampling's",
@@ -141,6 +144,15 @@ def shape_of(config: settings.Config) -> DecoderConfig:
     except FileNotFoundError as error:
         known = ", ".join(architectures.ARCHITECTURES)
         raise FileNotFoundError(f"{error}; to plan, also one of {known}") from None
+
+
+def attending(
+    config: settings.Config, shape: DecoderConfig, where: topology.Topology, dtype: jnp.dtype
+) -> DecoderConfig:
+    """The shape, its attention computed as the run will; prints by what."""
+    kind, why = kernels.choose(config.attention, where.platform, shape, dtype, config.method in methods.SOFT)
+    print(f"attention: {kind} ({why})")
+    return dataclasses.replace(shape, attention=kind)
 
 
 def mesh_of(config: settings.Config, where: topology.Topology) -> Mesh:

@@ -78,7 +78,7 @@ def training(
     }
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-    loss, tree = _loss(config, model, learned)
+    loss, tree = _loss(config, model, trainable, learned)
     step = make_update(loss, tree, tx, config.accumulate, (where, states))
     given = parts["adapters"], parts["optimizer"], parts["base"], parts["batch"], key
     with jax.set_mesh(mesh):
@@ -101,7 +101,7 @@ def kept(
       dtype: of the base.
     """
     base, trainable, model = _start(config, shape, dtype)
-    loss, tree = _loss(config, model, learned)
+    loss, tree = _loss(config, model, trainable, learned)
 
     def residuals(trainable: Tree, base: Tree, batch: Tree) -> Any:
         return jax.vjp(lambda trainable: loss(tree(trainable, base, None), batch)[0], trainable)[1]
@@ -174,7 +174,7 @@ def _start(config: settings.Config, shape: DecoderConfig, dtype: jnp.dtype) -> t
     return *jax.eval_shape(start, jax.random.key(0), params), model
 
 
-def _loss(config: settings.Config, model: hf.Checkpoint, learned: int) -> tuple[Any, Any]:
+def _loss(config: settings.Config, model: hf.Checkpoint, trainable: Tree, learned: int) -> tuple[Any, Any]:
     """The loss of a batch, and the tree that it takes, as `train/sft.py` has them."""
     nll = functools.partial(
         objective.negative_log_likelihood,
@@ -183,6 +183,7 @@ def _loss(config: settings.Config, model: hf.Checkpoint, learned: int) -> tuple[
         remat=config.remat,
         chunk=config.loss_chunk,
         packed=config.data.pack,
+        once=bool(config.loss_chunk) and not methods.head_adapted(trainable, model.config),
     )
     return methods.applied(nll), methods.runner(config, model)
 

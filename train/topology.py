@@ -88,12 +88,14 @@ class Topology(NamedTuple):
       chip: what each of them is.
       devices: the compiler's.
       options: that the compiler needs.
+      platform: whose kernels of attention it can compile: cuDNN's need a GPU at hand.
     """
 
     name: str
     chip: Chip
     devices: Sequence[Any]
     options: dict[str, Any]
+    platform: str
 
 
 def get(name: str, target: str = "") -> Topology:
@@ -122,8 +124,9 @@ def get(name: str, target: str = "") -> Topology:
         raise ValueError(f"a target description is of a GPU, and {name!r} is none")
     jax.config.update("jax_platforms", "cpu")
     if kind == "h100":
-        return Topology(name, CHIPS[kind], _gpus(shape, target), {"xla_gpu_autotune_level": 0})  # nothing to time on
-    return Topology(name, CHIPS[kind], _tpus(name), {})
+        options = {"xla_gpu_autotune_level": 0}  # there is nothing to time on
+        return Topology(name, CHIPS[kind], _gpus(shape, target), options, "a GPU that is not there")
+    return Topology(name, CHIPS[kind], _tpus(name), {}, "tpu")
 
 
 def _listed() -> list[str]:
@@ -135,7 +138,7 @@ def _here() -> Topology:
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     size = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-    return Topology("here", Chip(devices[0].device_kind, size), devices, {})
+    return Topology("here", Chip(devices[0].device_kind, size), devices, {}, jax.default_backend())
 
 
 def _tpus(name: str) -> Sequence[Any]:
