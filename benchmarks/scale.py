@@ -1,4 +1,4 @@
-"""What large models take of chips that are not there: each training step and sampling step, compiled by the chips' compilers.
+"""What large models take of chips that are not there: steps of training and of sampling, by the chips' own compilers.
 
     python benchmarks/scale.py      # needs the compilers: make test-slow installs them
 
@@ -38,26 +38,42 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("llama-3.1-8b", "v5e:4x4"),
-    Case("llama-3.1-8b", "h100"),
-    Case("llama-3.1-70b", "v5p:4x4x4"),
-    Case("llama-3.1-405b", "v5p:4x4x8"),
-    Case("qwen3-30b-a3b", "v5e:4x4", "expert=-1"),
-    Case("llama-3.1-70b", "v5e:16x16", kinds=("lora", "full", "sampling")),
-    Case("llama-3.2-1b", "v5e:2x2"),
-    Case("qwen3-8b", "v6e:2x2"),
-    Case("gemma-3-4b", "v6e:1x1"),
-    Case("gemma-3-12b", "v6e:2x4"),
-    Case("gemma-3-27b", "v5p:2x2x2"),
-    *(Case("llama-3.1-8b", "h100", kinds=("lora",), remat=remat) for remat in ("dots", "none")),
+    Case("llama-3.1-8b", "h100", kinds=("lora", "lora on nf4", "sampling")),
+    Case("llama-3.1-8b", "v5e:4x4", kinds=("lora", "sampling")),
+    Case("llama-3.1-70b", "v5p:4x4x4", kinds=("lora",)),
+    Case("qwen3-30b-a3b", "v5e:4x4", "expert=-1", kinds=("lora",)),
+    Case("llama-3.1-405b", "v5p:4x4x8", kinds=("lora",)),
     *(Case("llama-3.1-8b", "h100", kinds=("lora", "sampling"), rows=rows) for rows in (2, 4, 8)),
+    *(Case("llama-3.1-8b", "h100", kinds=("lora",), remat=remat) for remat in ("dots", "offload", "none")),
+    Case("llama-3.1-70b", "v5e:16x16", kinds=("lora",)),
+    Case("llama-3.1-8b", "h100", kinds=("full",)),
+    Case("llama-3.1-8b", "v5e:4x4", kinds=("full", "lora on nf4")),
+    Case("llama-3.2-1b", "v5e:2x2", kinds=("lora",)),
+    Case("qwen3-8b", "v6e:2x2", kinds=("lora",)),
+    Case("gemma-3-4b", "v6e:1x1", kinds=("lora",)),
+    Case("gemma-3-12b", "v6e:2x4", kinds=("lora",)),
+    Case("gemma-3-27b", "v5p:2x2x2", kinds=("lora",)),
+    *(
+        Case(model, topology, line, kinds=("sampling", "full", "lora on nf4"))
+        for model, topology, line in (
+            ("llama-3.1-70b", "v5p:4x4x4", "fsdp=-1"),
+            ("llama-3.1-405b", "v5p:4x4x8", "fsdp=-1"),
+            ("qwen3-30b-a3b", "v5e:4x4", "expert=-1"),
+            ("llama-3.2-1b", "v5e:2x2", "fsdp=-1"),
+            ("qwen3-8b", "v6e:2x2", "fsdp=-1"),
+            ("gemma-3-4b", "v6e:1x1", "fsdp=-1"),
+            ("gemma-3-12b", "v6e:2x4", "fsdp=-1"),
+            ("gemma-3-27b", "v5p:2x2x2", "fsdp=-1"),
+        )
+    ),
+    Case("llama-3.1-70b", "v5e:16x16", kinds=("sampling", "full")),
 ]
 
 
 def main() -> None:
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     done = {_key(row) for row in rows}
-    for kind, case in ((kind, case) for kind in FOUR for case in CASES if kind in case.kinds):
+    for case, kind in [(one, kind) for one in CASES for kind in one.kinds]:
         row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
         if _key(row) in done:
             continue
@@ -66,7 +82,25 @@ def main() -> None:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")}
         result = {"versions": versions | {"python": platform.python_version()}, "length": LENGTH, "rows": rows}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
+    result = json.loads(RESULT.read_text())
+    result["between"] = [
+        between(case) for case in CASES if case.kinds[0] == "lora" and case.rows == 1 and case.remat == "full"
+    ]
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(scale_page.text(result))
+
+
+def between(case: Case) -> tuple[str, str, str, str]:
+    """What stays on a chip between two steps, against the base: factors on every chip, and following their weights."""
+    where = topology.get(case.topology)
+    mesh, ratios = sharding.mesh(case.line, where.devices), []
+    for follow in (("stacked",), ("stacked", "inp", "out")):
+        config = scale.get_config()
+        config.model, config.sharding.follow = case.model, follow
+        parts = programs.state(config, architectures.decoder(case.model), mesh, jnp.bfloat16)
+        base = programs.bytes_per_chip(parts["base"])
+        ratios.append(f"{programs.bytes_per_chip(parts) / base:.3f}")
+    return case.model, case.topology, ratios[0], ratios[1]
 
 
 def compiled(case: Case, kind: str) -> forecast.Forecast:

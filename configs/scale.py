@@ -1,4 +1,4 @@
-"""LoRA on a large model, on chips that need not be there: `python -m train.plan` and `benchmarks/scale.py` start from it.
+"""LoRA on a large model, on chips that need not be there: `train.plan` and `benchmarks/scale.py` start from it.
 
 Reproduces: docs/scale.md.
 Command:    python -m train.plan --config=configs/scale.py --topology=v5e:4x4

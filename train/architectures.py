@@ -61,7 +61,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     ),
     "gemma-3-4b": _GEMMA3 | _sizes(2560, 10240, 34, 8, num_key_value_heads=4),
     "gemma-3-12b": _GEMMA3 | _sizes(3840, 15360, 48, 16, num_key_value_heads=8),
-    "gemma-3-27b": _GEMMA3 | _sizes(5376, 21504, 62, 32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168),
+    "gemma-3-27b": _GEMMA3
+    | _sizes(5376, 21504, 62, 32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168),
 }
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -32,7 +33,8 @@ class Forecast:
       state: bytes that stay between two steps: all parts but the batch.
       peak: all of them.
       room: what a chip has.
-      collectives: by kind, how many run and their bytes; None where the compiler ran out of memory.
+      collectives: by kind, how many run and their bytes; None where the compiler ran out of memory, or wrote a program
+        that this JAX cannot read.
       flops: of products, on all chips together.
       seconds: the least that each of these takes: `compute`, `memory`, `links`; and `compiler`, its own estimate,
         without exchanges, where it gives one. Without what is not known.
@@ -91,13 +93,14 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
     except jax.errors.JaxRuntimeError as error:
         peak = _refused(error)
     else:
-        memory, text = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+        memory, text = compiled.memory_analysis(), _text(compiled)
         arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = arguments + new + memory.temp_size_in_bytes + code
         moved = arguments + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        collectives, cycles = text.collectives(), text.cycles()
-        links = sum(exchange.bytes * (2 if kind == _TWICE else 1) for kind, exchange in collectives.items())
+        if text:
+            collectives, cycles = text.collectives(), text.cycles()
+            links = sum(exchange.bytes * (2 if kind == _TWICE else 1) for kind, exchange in collectives.items())
     held = sum(parts.values()) if arguments is None else arguments
     rest = max(0, peak - held - code)
     kept = min(program.kept, rest)
@@ -123,6 +126,14 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
         program.tokens,
         time.process_time() - began,
     )
+
+
+def _text(compiled: Any) -> hlo.Program | None:
+    """What was compiled; None where libtpu is newer than JAX and writes instructions that it does not know."""
+    try:
+        return hlo.Program(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _refused(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: what chips exchange, and how long the TPU's compiler thinks it takes."""
+"""What a compiled program does, by its text: what chips exchange, and a TPU compiler's estimate of the time."""
 
 import math
 import re
@@ -44,7 +44,7 @@ class Instruction(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """Collectives of a kind: how many run in a step, and the bytes of what each chip gives or gets, the larger of the two."""
+    """Collectives of a kind: how many run in a step, and the larger of the bytes that each chip gives and gets."""
 
     count: int
     bytes: int
@@ -85,7 +85,7 @@ class Program:
     def _run(
         self, name: str, times: int, inside: re.Pattern | None = None
     ) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
-        """Every instruction that runs, its computation, and how often; without what is in `inside` such instructions."""
+        """Every instruction that runs, its computation, and how often; without what is inside of such."""
         computation = self._computations[name]
         for instruction in computation.values():
             yield computation, instruction, times

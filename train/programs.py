@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_jax import cost, sharding
 from lora_jax.data import packing
 from lora_jax.interop import hf
-from lora_jax.models import decoder, keys
+from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import quantize
 from train import config as settings
@@ -61,32 +61,51 @@ def training(
     Returns:
       The program, its parts `base`, `adapters` (what is trained), `optimizer` and `batch`.
     """
-    base, trainable, model = _start(config, shape, dtype)
-    specs = placing.weight_specs(config, shape, model.params, mesh)
-    where = _trainable_places(config, trainable, specs, mesh)
+    parts = state(config, shape, mesh, dtype) | {"batch": _batch(config.batch_size, length, sharding.rows(mesh))}
+    trainable, optimizer = parts["adapters"], parts["optimizer"]
+    model = _model(config, shape, dtype)
     tx = methods.optimizer(config, trainable, settings.schedule(config, methods.rate(config, shape.dim)))
-    optimizer = jax.eval_shape(tx.init, trainable)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    states = optax.tree.map_params(
-        tx, lambda _, place: place, optimizer, where, transform_non_params=lambda _: everywhere
-    )
-    parts = {
-        "base": None if base is None else placed(base, sharding.places(base, specs, mesh)),
-        "adapters": placed(trainable, where),
-        "optimizer": placed(optimizer, states),
-        "batch": _batch(config.batch_size, length, sharding.rows(mesh)),
-    }
     key = jax.eval_shape(jax.random.key, 0)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     loss, tree = _loss(config, model, trainable, learned)
-    step = make_update(loss, tree, tx, config.accumulate, (where, states))
-    given = parts["adapters"], parts["optimizer"], parts["base"], parts["batch"], key
+    places = jax.tree.map(lambda x: x.sharding, (trainable, optimizer))
+    step = make_update(loss, tree, tx, config.accumulate, places)
+    given = trainable, optimizer, parts["base"], parts["batch"], key
     with jax.set_mesh(mesh):
         placing.check(config)
         lowered, flops = step.lower(*given), cost.flops(step, *given)
     part = config.batch_size // config.accumulate
     activations = kept(config, shape, length, learned, dtype) * part // row_parts(mesh)
     return Program(lowered, parts, flops, activations, config.batch_size * length)
+
+
+def state(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Tree]:
+    """What stays on the devices between two steps.
+
+    Args:
+      config: of the run.
+      shape: of the model.
+      mesh: of the devices.
+      dtype: of the base.
+
+    Returns:
+      `base`, `adapters` (what is trained) and `optimizer`, shapes with their places.
+    """
+    model = _model(config, shape, dtype)
+    base, trainable = _start(config, model)
+    specs = placing.weight_specs(config, shape, model.params, mesh)
+    where = _trainable_places(config, trainable, specs, mesh)
+    tx = methods.optimizer(config, trainable, settings.schedule(config, methods.rate(config, shape.dim)))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    optimizer = jax.eval_shape(tx.init, trainable)
+    places = optax.tree.map_params(
+        tx, lambda _, place: place, optimizer, where, transform_non_params=lambda _: everywhere
+    )
+    return {
+        "base": None if base is None else placed(base, sharding.places(base, specs, mesh)),
+        "adapters": placed(trainable, where),
+        "optimizer": placed(optimizer, places),
+    }
 
 
 def kept(
@@ -100,7 +119,8 @@ def kept(
       length, learned: as `training`.
       dtype: of the base.
     """
-    base, trainable, model = _start(config, shape, dtype)
+    model = _model(config, shape, dtype)
+    base, trainable = _start(config, model)
     loss, tree = _loss(config, model, trainable, learned)
 
     def residuals(trainable: Tree, base: Tree, batch: Tree) -> Any:
@@ -111,9 +131,7 @@ def kept(
     return two - one
 
 
-def sampling(
-    config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.dtype, length: int
-) -> Program:
+def sampling(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.dtype, length: int) -> Program:
     """A step of sampling: one token for each of as many rows as the batch has, with a cache of so many tokens a row.
 
     Args:
@@ -126,7 +144,7 @@ def sampling(
     Returns:
       The program, its parts `base`, `cache` and `batch`.
     """
-    _, _, model = _start(config, shape, dtype)
+    model = _model(config, shape, dtype)
     specs = placing.weight_specs(config, shape, model.params, mesh)
     rows = sharding.rows(mesh)
     cache = jax.eval_shape(lambda: decoder.init_cache(shape, config.batch_size, length, dtype))
@@ -159,19 +177,24 @@ def bytes_per_chip(tree: Tree) -> int:
     return sum(math.ceil(math.prod(shape) * _bits(dtype) / 8) for shape, dtype in shards)
 
 
-def _start(config: settings.Config, shape: DecoderConfig, dtype: jnp.dtype) -> tuple[Tree, Tree, hf.Checkpoint]:
-    """The base and what is trained, as `methods.load` and `methods.start` make them, and the model."""
+def _model(config: settings.Config, shape: DecoderConfig, dtype: jnp.dtype) -> hf.Checkpoint:
+    """The base as `methods.load` gives it."""
     params = jax.eval_shape(lambda key: decoder.init(key, shape, dtype), jax.random.key(0))
     model = hf.Checkpoint(shape, params, None, None, None, config.model)
-    if config.quantize and config.method != "full":
-        sites = methods.sites(model)
-        params = jax.eval_shape(lambda params: quantize(params, sites, {"all-linear": config.quantize}), params)
-        model = dataclasses.replace(model, params=params)
+    if not config.quantize or config.method == "full":
+        return model
+    sites = methods.sites(model)
+    params = jax.eval_shape(lambda params: quantize(params, sites, {"all-linear": config.quantize}), params)
+    return dataclasses.replace(model, params=params)
+
+
+def _start(config: settings.Config, model: hf.Checkpoint) -> tuple[Tree, Tree]:
+    """The base and what is trained, as `methods.start` makes them."""
 
     def start(key: jax.Array, params: Tree) -> tuple[Tree, Tree]:
         return methods.start(key, config, dataclasses.replace(model, params=params))
 
-    return *jax.eval_shape(start, jax.random.key(0), params), model
+    return jax.eval_shape(start, jax.random.key(0), model.params)
 
 
 def _loss(config: settings.Config, model: hf.Checkpoint, trainable: Tree, learned: int) -> tuple[Any, Any]:

@@ -36,7 +36,8 @@ class Chip(NamedTuple):
 
 
 # Memory is what libtpu leaves to programs. Peaks: Google Cloud's pages of each TPU and NVIDIA's data sheet of the H100
-# SXM; links: "How to Scale Your Model" (Austin et al., 2025), one way, all axes of the torus; clocks: peak / products a cycle.
+# SXM; links: "How to Scale Your Model" (Austin et al., 2025), one way, all axes of the torus; clocks: the peak by the
+# products of a cycle.
 CHIPS = {
     "v5e": Chip("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 1.8e11, 1.5e9),
     "v5p": Chip("TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 5.4e11, 1.75e9),
@@ -166,4 +167,6 @@ def _installed(module: str) -> None:
     """Refuses to go on without a compiler."""
     package, _, inner = module.partition(".")
     if importlib.util.find_spec(package) is None or (inner and importlib.util.find_spec(module) is None):
-        raise FileNotFoundError(f"the compiler for this topology is not installed; run: {PIP[module].format(jax.__version__)}")
+        raise FileNotFoundError(
+            f"the compiler for this topology is not installed; run: {PIP[module].format(jax.__version__)}"
+        )
