@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lora_jax.models import decoder
@@ -18,7 +19,13 @@ BITS_PER_TOKEN = 1  # that are to be learned of a supervised token; the same
 
 
 def rows_that_fit(
-    config: settings.Config, shape: DecoderConfig, mesh: Mesh, length: int, learned: int, forecast: Forecast
+    config: settings.Config,
+    shape: DecoderConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    length: int,
+    learned: int,
+    forecast: Forecast,
 ) -> dict[str, int]:
     """How many rows fit on a chip at each tier of remat, by arithmetic from one compiled step.
 
@@ -28,7 +35,7 @@ def rows_that_fit(
       config: of the run that was compiled.
       shape: of the model.
       mesh: of the devices.
-      length, learned: as `programs.training`.
+      dtype, length, learned: as `programs.training`.
       forecast: of that run.
 
     Returns:
@@ -40,7 +47,7 @@ def rows_that_fit(
     for remat in decoder.REMAT:
         other = copy.deepcopy(config)
         other.remat = remat
-        row = programs.kept(other, shape, length, learned) + forecast.bytes["temporaries"] / now
+        row = programs.kept(other, shape, length, learned, dtype) + forecast.bytes["temporaries"] / now
         fitting[remat] = max(0, math.floor(free / row))
     return fitting
 

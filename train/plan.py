@@ -89,7 +89,7 @@ def plan(
         "sampling": forecast.make(sampled, mesh, where),
     }
     first, _, sampling = found.values()
-    fitting = advice.rows_that_fit(config, rows.shape, mesh, rows.length, rows.learned, first)
+    fitting = advice.rows_that_fit(config, rows.shape, mesh, dtype, rows.length, rows.learned, first)
     console.print(plan_table.table(found))
     rate, trained = methods.rate(config, rows.shape.dim), advice.trained(step)
     facts = [
