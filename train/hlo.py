@@ -14,6 +14,7 @@ _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_ENDLESS = 2**50  # days: what the compiler says of an instruction whose cycles it does not know
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -78,9 +79,14 @@ class Program:
         return {kind: exchange for kind, exchange in found.items() if exchange.count}
 
     def cycles(self) -> int:
-        """The sum of the compiler's estimates; 0 if it gives none. Exchanges between chips are not in it."""
+        """The sum of the compiler's estimates; 0 if it gives none, or cannot tell of an instruction.
+
+        Exchanges between chips are not in it.
+        """
         fused = re.compile("fusion|async-")
-        return sum(times * instruction.cycles for _, instruction, times in self._run(self._entry, 1, fused))
+        run = [(times, instruction.cycles) for _, instruction, times in self._run(self._entry, 1, fused)]
+        unknown = any(cycles > _ENDLESS for _, cycles in run)
+        return 0 if unknown else sum(times * cycles for times, cycles in run)
 
     def _run(
         self, name: str, times: int, inside: re.Pattern | None = None
