@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py      # needs the compilers: make test-slow installs them
 
-Writes benchmarks/results/scale.json after each program, goes on from what is there, and at the end docs/scale.md.
+Writes benchmarks/results/scale.json and docs/scale.md after each program, and goes on from what is there.
 `configs/scale.py` has the settings that all rows share.
 """
 
@@ -70,24 +70,29 @@ CASES = [
 ]
 
 
+# Of these, what stays between two steps.
+MODELS = [case for case in CASES if case.kinds[0] == "lora" and case.rows == 1 and case.remat == "full"]
+
+
 def main() -> None:
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    done = {_key(row) for row in rows}
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"length": LENGTH, "rows": [], "between": []}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")}
+    result["versions"] = versions | {"python": platform.python_version()}
+    seen = {(model, chips) for model, chips, *_ in result["between"]}
+    result["between"] += [between(case) for case in MODELS if (case.model, case.topology) not in seen]
+    write(result)
+    done = {_key(row) for row in result["rows"]}
     for case, kind in [(one, kind) for one in CASES for kind in one.kinds]:
         row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
-        if _key(row) in done:
-            continue
-        print(*row.values(), flush=True)
-        rows.append(row | dataclasses.asdict(compiled(case, kind)))
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")}
-        result = {"versions": versions | {"python": platform.python_version()}, "length": LENGTH, "rows": rows}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(RESULT.read_text())
-    result["between"] = [
-        between(case) for case in CASES if case.kinds[0] == "lora" and case.rows == 1 and case.remat == "full"
-    ]
+        if _key(row) not in done:
+            print(*row.values(), flush=True)
+            result["rows"].append(row | dataclasses.asdict(compiled(case, kind)))
+            write(result)
+
+
+def write(result: dict) -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(scale_page.text(result))
+    PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
 
 
 def between(case: Case) -> tuple[str, str, str, str]:

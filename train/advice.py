@@ -29,7 +29,8 @@ def rows_that_fit(
 ) -> dict[str, int]:
     """How many rows fit on a chip at each tier of remat, by arithmetic from one compiled step.
 
-    What is kept for the backward pass is known of each tier; of the rest, it is taken that it grows with the rows.
+    What is kept for the backward pass is known of each tier. Of the rest it is taken, to be safe, that it grows with the
+    rows and does not shrink with them.
 
     Args:
       config: of the run that was compiled.
@@ -47,8 +48,8 @@ def rows_that_fit(
     for remat in decoder.REMAT:
         other = copy.deepcopy(config)
         other.remat = remat
-        row = programs.kept(other, shape, length, learned, dtype) + forecast.bytes["temporaries"] / now
-        fitting[remat] = max(0, math.floor(free / row))
+        row, rest = programs.kept(other, shape, length, learned, dtype), forecast.bytes["temporaries"]
+        fitting[remat] = max(0, math.floor(min((free - rest) / row, max(now, free / (row + rest / now)))))
     return fitting
 
 
