@@ -29,8 +29,8 @@ def rows_that_fit(
 ) -> dict[str, int]:
     """How many rows fit on a chip at each tier of remat, by arithmetic from one compiled step.
 
-    What is kept for the backward pass is known of each tier. Of the rest it is taken, to be safe, that it grows with the
-    rows and does not shrink with them.
+    What is kept for the backward pass is known of each tier. Of the rest it is taken, to be safe, that it grows with
+    the rows and does not shrink with them.
 
     Args:
       config: of the run that was compiled.
