@@ -171,7 +171,7 @@ def adapter_places(
 
     Along stacked axes (experts) and what "tensor" divides, each device has the part that it computes with. Along
     "fsdp" every device has all, and a gradient is summed. What follows "inp" and "out" as well takes less memory, and
-    is gathered for every product. `docs/scale.md` counts what each exchanges.
+    is gathered for every product. `docs/devices.md` counts what each exchanges.
 
     Args:
       adapters: `{path: adapter}`.

@@ -11,34 +11,10 @@ import steps
 from jax.experimental import topologies
 from steps import SMOLLM2, Steps
 
+from train.topology import H100
+
 pytestmark = pytest.mark.slow
 
-# What XLA asks to know of an H100 80GB HBM3.
-H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 28 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  l2_cache_size: 52428800
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
-  clock_rate_ghz: 1.98
-}
-"""
 NEEDED = {
     "tpu": {"libtpu": "libtpu"},
     "h100": {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_plugins.xla_cuda12": "jax-cuda12-pjrt"},

@@ -111,11 +111,20 @@ def once(config: Config, trainable: Tree, shape: DecoderConfig) -> bool:
     """
     if not config.loss_chunk:
         return False
-    head = "embed/embedding" if shape.tied else "head/kernel"
-    adapted = isinstance(trainable, Mapping) and head in trainable
-    how = f"computed again for gradients: {head} has an adapter" if adapted else "computed once"
+    adapted = head_adapted(trainable, shape)
+    how = f"computed again for gradients: {head(shape)} has an adapter" if adapted else "computed once"
     print(f"loss: logits of {config.loss_chunk} tokens at a time, {how}")
     return not adapted
+
+
+def head_adapted(trainable: Tree, shape: DecoderConfig) -> bool:
+    """Whether what is trained has an adapter of the head."""
+    return isinstance(trainable, Mapping) and head(shape) in trainable
+
+
+def head(shape: DecoderConfig) -> str:
+    """The path of a decoder's head."""
+    return "embed/embedding" if shape.tied else "head/kernel"
 
 
 def start(

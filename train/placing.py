@@ -63,7 +63,7 @@ def base(config: Config) -> Places | None:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return None
-    return lambda shape, params: sharding.places(params, _specs(config, shape, params, mesh), mesh)
+    return lambda shape, params: sharding.places(params, weight_specs(config, shape, params, mesh), mesh)
 
 
 def started(config: Config, shape: DecoderConfig, base: Tree, trainable: Tree) -> tuple[Tree, Tree]:
@@ -75,7 +75,7 @@ def started(config: Config, shape: DecoderConfig, base: Tree, trainable: Tree) -
     mesh = jax.sharding.get_mesh()
     if mesh.empty or base is None:
         return base, trainable
-    specs = _specs(config, shape, base, mesh)
+    specs = weight_specs(config, shape, base, mesh)
     base = jax.device_put(base, sharding.places(base, specs, mesh))
     if isinstance(trainable, dict):
         places = sharding.adapter_places(trainable, specs, mesh, config.sharding.follow)
@@ -99,7 +99,8 @@ def kept(trainable: Tree, optimizer: Tree) -> tuple[Tree, Tree] | None:
     return jax.tree.map(lambda x: x.sharding, (trainable, optimizer))
 
 
-def _specs(config: Config, shape: DecoderConfig, params: Tree, mesh: Mesh) -> sharding.Specs:
+def weight_specs(config: Config, shape: DecoderConfig, params: Tree, mesh: Mesh) -> sharding.Specs:
+    """What each weight of a base is divided along, as `config.sharding.rules` say, or the usual ones."""
     names = keys.axis_names(shape)
     known = {name for own in names.values() for name in own.split()}
     rules = config.sharding.rules or [rule for rule in sharding.RULES if rule[0] in known]

@@ -127,7 +127,8 @@ def _divided(attend: Callable, *arrays: jax.Array) -> jax.Array:
     """`attend` on every device's part of the arrays: XLA cannot divide a kernel itself."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
+    auto = {name for name, kind in kinds if kind == AxisType.Auto}
+    free = [name for name in mesh.axis_names if name in auto and mesh.shape[name] > 1]
     if not free:
         return attend(*arrays)
     rows = tuple(name for name in free if name in ROWS)
@@ -136,7 +137,7 @@ def _divided(attend: Callable, *arrays: jax.Array) -> jax.Array:
     heads = "tensor" if "tensor" in free and arrays[1].shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, heads)
     specs = (spec, spec, spec, PartitionSpec(rows))
-    return jax.shard_map(attend, in_specs=specs, out_specs=spec, axis_names=set(free), check_vma=False)(*arrays)
+    return jax.shard_map(attend, in_specs=specs, out_specs=spec, axis_names=auto, check_vma=False)(*arrays)
 
 
 def cudnn(

@@ -1,0 +1,133 @@
+"""What large models take of chips that are not there: steps of training and of sampling, by the chips' own compilers.
+
+    python benchmarks/scale.py      # needs the compilers: make test-slow installs them
+
+Writes benchmarks/results/scale.json and docs/scale.md after each program, and goes on from what is there.
+`configs/scale.py` has the settings that all rows share.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from benchmarks import scale_page
+from configs import scale
+from lora_jax import sharding
+from train import architectures, forecast, plan, programs, topology
+
+RESULT = Path(__file__).parent / "results" / "scale.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+LENGTH, CHUNK = 4096, 512  # tokens of a row, and those of a row whose logits are held at once
+FOUR = ("lora", "sampling", "lora on nf4", "full")
+
+
+class Case(NamedTuple):
+    """Programs of one model on one mesh; `rows` are those of a chip in a step."""
+
+    model: str
+    topology: str
+    line: str = "fsdp=-1"
+    kinds: tuple[str, ...] = FOUR
+    remat: str = "full"
+    rows: int = 1
+
+
+CASES = [
+    Case("llama-3.1-8b", "h100", kinds=("lora", "lora on nf4", "sampling")),
+    Case("llama-3.1-8b", "v5e:4x4", kinds=("lora", "sampling")),
+    Case("llama-3.1-70b", "v5p:4x4x4", kinds=("lora",)),
+    Case("qwen3-30b-a3b", "v5e:4x4", "expert=-1", kinds=("lora",)),
+    Case("llama-3.1-405b", "v5p:4x4x8", kinds=("lora",)),
+    *(Case("llama-3.1-8b", "h100", kinds=("lora", "sampling"), rows=rows) for rows in (2, 4, 8)),
+    *(Case("llama-3.1-8b", "h100", kinds=("lora",), remat=remat) for remat in ("dots", "offload", "none")),
+    Case("llama-3.1-70b", "v5e:16x16", kinds=("lora",)),
+    Case("llama-3.1-8b", "h100", kinds=("full",)),
+    Case("llama-3.1-8b", "v5e:4x4", kinds=("full", "lora on nf4")),
+    Case("llama-3.2-1b", "v5e:2x2", kinds=("lora",)),
+    Case("qwen3-8b", "v6e:2x2", kinds=("lora",)),
+    Case("gemma-3-4b", "v6e:1x1", kinds=("lora",)),
+    Case("gemma-3-12b", "v6e:2x4", kinds=("lora",)),
+    Case("gemma-3-27b", "v5p:2x2x2", kinds=("lora",)),
+    *(
+        Case(model, topology, line, kinds=("sampling", "full", "lora on nf4"))
+        for model, topology, line in (
+            ("llama-3.1-70b", "v5p:4x4x4", "fsdp=-1"),
+            ("llama-3.1-405b", "v5p:4x4x8", "fsdp=-1"),
+            ("qwen3-30b-a3b", "v5e:4x4", "expert=-1"),
+            ("llama-3.2-1b", "v5e:2x2", "fsdp=-1"),
+            ("qwen3-8b", "v6e:2x2", "fsdp=-1"),
+            ("gemma-3-4b", "v6e:1x1", "fsdp=-1"),
+            ("gemma-3-12b", "v6e:2x4", "fsdp=-1"),
+            ("gemma-3-27b", "v5p:2x2x2", "fsdp=-1"),
+        )
+    ),
+    Case("llama-3.1-70b", "v5e:16x16", kinds=("sampling", "full")),
+]
+
+
+# Of these, what stays between two steps.
+MODELS = [case for case in CASES if case.kinds[0] == "lora" and case.rows == 1 and case.remat == "full"]
+
+
+def main() -> None:
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"length": LENGTH, "rows": [], "between": []}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")}
+    result["versions"] = versions | {"python": platform.python_version()}
+    seen = {(model, chips) for model, chips, *_ in result["between"]}
+    result["between"] += [between(case) for case in MODELS if (case.model, case.topology) not in seen]
+    write(result)
+    done = {_key(row) for row in result["rows"]}
+    for case, kind in [(one, kind) for one in CASES for kind in one.kinds]:
+        row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
+        if _key(row) not in done:
+            print(*row.values(), flush=True)
+            result["rows"].append(row | dataclasses.asdict(compiled(case, kind)))
+            write(result)
+
+
+def write(result: dict) -> None:
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
+
+
+def between(case: Case) -> tuple[str, str, str, str]:
+    """What stays on a chip between two steps, against the base: factors on every chip, and following their weights."""
+    where = topology.get(case.topology)
+    mesh, ratios = sharding.mesh(case.line, where.devices), []
+    for follow in (("stacked",), ("stacked", "inp", "out")):
+        config = scale.get_config()
+        config.model, config.sharding.follow = case.model, follow
+        parts = programs.state(config, architectures.decoder(case.model), mesh, jnp.bfloat16)
+        base = programs.bytes_per_chip(parts["base"])
+        ratios.append(f"{programs.bytes_per_chip(parts) / base:.3f}")
+    return case.model, case.topology, ratios[0], ratios[1]
+
+
+def compiled(case: Case, kind: str) -> forecast.Forecast:
+    where = topology.get(case.topology)
+    mesh = sharding.mesh(case.line, where.devices)
+    rows = case.rows * programs.row_parts(mesh)
+    config = scale.get_config()
+    config.update({"model": case.model, "mesh": case.line, "remat": case.remat, "batch_size": rows})
+    config.loss_chunk, config.eval.batch_size = rows * CHUNK, rows
+    config.method = "full" if kind == "full" else "lora"
+    config.quantize = kind.removeprefix("lora on ") if kind.startswith("lora on ") else ""
+    shape = plan.attending(config, architectures.decoder(case.model), where, jnp.bfloat16)
+    if kind == "sampling":
+        program = programs.sampling(config, shape, mesh, jnp.bfloat16, LENGTH)
+    else:
+        program = programs.training(config, shape, mesh, jnp.bfloat16, LENGTH, LENGTH)
+    return forecast.make(program, mesh, where)
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("model", "topology", "line", "kind", "remat", "rows"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""docs/scale.md from benchmarks/results/scale.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from train.plan_table import markdown
+from train.topology import GIB
+
+Row = Mapping[str, Any]
+HEAD = """# Large models on chips, before they are rented
+
+What a training step takes of each chip, by the chip's own compiler: the step that `train/sft.py` runs, compiled on a
+CPU for chips that are not there. `python benchmarks/scale.py` compiles what is missing in
+`benchmarks/results/scale.json` and writes this page. Rows are of {length:,} tokens, packed, {rows}; LoRA is of rank
+16 on all linear weights, its factors and moments float32 on every chip; the base is bfloat16, its weights divided
+over the mesh; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run: `python
+-m train.plan --config=configs/scale.py --topology=v5e:4x4`.
+
+GiB on each chip. "Kept" is what the backward pass needs of the forward pass, "other" what else comes and goes.
+"""
+BETWEEN = """
+## Between two steps
+
+The base, the factors and their moments, against the base alone, as sampling has it: bytes on each chip, by
+arithmetic. Factors that follow their weights (`sharding.follow`) are divided along the axes that they share with
+them.
+"""
+BESIDE = """
+## Beside sampling and full fine-tuning
+
+The peak of a step against that of sampling one token for as many rows, with a key/value cache of {length:,} tokens a
+row, and against that of training all parameters in float32 with Adam.
+"""
+TIERS = """
+## Tiers of remat
+
+Llama 3.1 8B on one H100, a row in a step. The compiler that is there without a GPU has no cuDNN: attention is
+computed in chunks.
+"""
+WITHIN = """
+## Only slightly larger than sampling?
+
+The claim that LoRA's layout is only slightly larger than that of sampling, tested: Llama 3.1 8B on one H100, full
+remat, and as many rows sampled as trained.
+"""
+EXCHANGED = """
+## What chips exchange in a step
+
+Bytes on each chip, collectives in loops as often as these run. XLA for TPU turns many gathers into permutes around
+the ring. Least times are those of the products at the chip's peak and of the exchanges over all of its links; the
+compiler's own estimate is of everything but exchanges. Where a plan says how many tokens it makes an hour, it takes
+the longest of them.
+"""
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+      result: what the JSON holds.
+    """
+    rows = result["rows"]
+    every = {_key(row): row for row in rows}
+    alike = [row for row in rows if row["rows"] == 1 and row["remat"] == "full"]
+    said = {"length": result["length"], "rows": "one a chip in a step", **result["versions"]}
+    return "\n".join(
+        [
+            HEAD.format(**said),
+            markdown(
+                ("model", "chips", "", "base", "trained", "Adam", "cache", "kept", "other", "peak", "of", "fits"),
+                [_sizes(row) for row in sorted(alike, key=lambda row: (row["model"], row["topology"]))],
+            ),
+            BETWEEN,
+            markdown(("model", "chips", "factors on every chip", "factors follow their weights"), result["between"]),
+            BESIDE.format(**said),
+            markdown(("model", "chips", "LoRA / sampling", "LoRA / full"), list(_beside(alike, every))),
+            TIERS,
+            markdown(("remat", "kept", "other", "peak", "FLOPs"), list(_tiers(rows))),
+            WITHIN,
+            markdown(("rows", "sampling", "LoRA", "LoRA / sampling"), list(_within(rows, every))),
+            _largest(rows, every),
+            EXCHANGED,
+            markdown(
+                (
+                    "model",
+                    "chips",
+                    "",
+                    "exchanged, GiB",
+                    "PFLOP",
+                    "least s, products",
+                    "least s, links",
+                    "compiler's s",
+                ),
+                [_exchanged(row) for row in alike if row["chips"] > 1 and row["collectives"] is not None],
+            ),
+            "",
+        ]
+    )
+
+
+def _sizes(row: Row) -> Sequence[str]:
+    parts = row["bytes"]
+    names = ("base", "adapters", "optimizer", "cache", "activations")
+    other = parts["temporaries"] + parts["program"]
+    numbers = [*(parts.get(name, 0) for name in names), other, row["peak"], row["room"]]
+    fits = "yes" if row["peak"] <= row["room"] else "no"
+    return [row["model"], row["topology"], row["kind"], *map(_gib, numbers), fits]
+
+
+def _beside(rows: Sequence[Row], every: Mapping[tuple, Row]):
+    for row in rows:
+        if row["kind"] == "lora":
+            others = [every.get((*_key(row)[:-1], kind)) for kind in ("sampling", "full")]
+            if any(others):
+                ratios = [f"{row['peak'] / other['peak']:.2f}" if other else "" for other in others]
+                yield [row["model"], row["topology"], *ratios]
+
+
+def _tiers(rows: Sequence[Row]):
+    for row in rows:
+        if _on_one(row) and row["kind"] == "lora" and row["rows"] == 1:
+            parts = row["bytes"]
+            sizes = (parts["activations"], parts["temporaries"], row["peak"])
+            yield [row["remat"], *map(_gib, sizes), f"{row['flops']:.3g}"]
+
+
+def _within(rows: Sequence[Row], every: Mapping[tuple, Row]):
+    for row, sampling in _pairs(rows, every):
+        ratio = row["peak"] / sampling["peak"]
+        yield [str(row["rows"]), _gib(sampling["peak"]), _gib(row["peak"]), f"{ratio:.3f}"]
+
+
+def _largest(rows: Sequence[Row], every: Mapping[tuple, Row]) -> str:
+    within = [row["rows"] for row, sampling in _pairs(rows, every) if row["peak"] <= 1.25 * sampling["peak"]]
+    if not within:
+        return "\nNone of these is within 1.25."
+    return f"\nThe largest of these within 1.25 is {max(within)} rows, {max(within) * 4096:,} tokens in a step."
+
+
+def _pairs(rows: Sequence[Row], every: Mapping[tuple, Row]):
+    for row in sorted(rows, key=lambda row: row["rows"]):
+        sampling = every.get((*_key(row)[:-1], "sampling"))
+        if _on_one(row) and row["kind"] == "lora" and row["remat"] == "full" and sampling:
+            yield row, sampling
+
+
+def _exchanged(row: Row) -> Sequence[str]:
+    seconds = [
+        f"{row['seconds'][name]:.3g}" if name in row["seconds"] else "" for name in ("compute", "links", "compiler")
+    ]
+    kinds = ", ".join(f"{kind} {_gib(size)}" for kind, (_, size) in row["collectives"].items() if size > GIB / 100)
+    return [row["model"], row["topology"], row["kind"], kinds, f"{row['flops'] / 1e15:.3g}", *seconds]
+
+
+def _on_one(row: Row) -> bool:
+    return (row["model"], row["topology"]) == ("llama-3.1-8b", "h100")
+
+
+def _key(row: Row) -> tuple:
+    return row["model"], row["topology"], row["line"], row["remat"], row["rows"], row["kind"]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

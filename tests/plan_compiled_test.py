@@ -1,0 +1,75 @@
+"""Plans held against what they are of: this machine's memory, and the compilers for a TPU and an H100."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from plan_test import configured
+
+from lora_jax import sharding
+from lora_jax.models.config import DecoderConfig
+from train import forecast, plan, programs, topology
+
+pytestmark = pytest.mark.slow
+SHAPE = DecoderConfig("llama", 2048, 1024, 2048, 4, 8, 8, 128, 256)
+NEEDED = {"v5e:2x2": "libtpu", "h100:4": "jax_cuda12_plugin"}
+
+
+@functools.cache
+def compiled(name, kind):
+    if importlib.util.find_spec(NEEDED[name]) is None:
+        pytest.skip(f"needs the package {NEEDED[name]}")
+    where = topology.get(name)
+    config = configured(batch_size=4, mesh="fsdp=4", remat="full")
+    mesh = sharding.mesh(config.mesh, where.devices)
+    if kind == "sampling":
+        program = programs.sampling(config, SHAPE, mesh, jnp.bfloat16, 64)
+    else:
+        config = plan.fully(config) if kind == "full" else config
+        program = programs.training(config, SHAPE, mesh, jnp.bfloat16, 64, 64)
+    return forecast.make(program, mesh, where)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("kind", ["lora", "full", "sampling"])
+def test_arguments_are_those_that_the_compiler_counts(name, kind):
+    found = compiled(name, kind)
+    parts = sum(found.bytes.get(part, 0) for part in ("base", "adapters", "optimizer", "cache", "batch"))
+    assert found.arguments == pytest.approx(parts, rel=0.01)
+    assert found.fits and found.peak > found.arguments
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_is_exchanged(name):
+    adapters, everything = compiled(name, "lora").collectives, compiled(name, "full").collectives
+    weights = 4 * compiled(name, "lora").bytes["base"]
+    # The base is gathered layer by layer in the forward and in the backward pass, and nothing more of its size.
+    assert weights / 2 < adapters["all-gather"].bytes < 3.5 * weights
+    # Full fine-tuning adds the gradients of all weights, LoRA those of the adapters.
+    summed = [
+        sum(found[kind].bytes for kind in ("all-reduce", "reduce-scatter") if kind in found)
+        for found in (adapters, everything)
+    ]
+    assert summed[0] < 2 * compiled(name, "lora").bytes["adapters"] < weights / 2 < summed[1]
+
+
+def test_the_tpus_compiler_says_how_long_it_takes():
+    found = compiled("v5e:2x2", "lora")
+    assert found.seconds["compute"] < found.seconds["compiler"] < 100 * found.seconds["compute"]
+    assert found.tokens_per_hour == pytest.approx(3600 * 4 * 64 / max(found.seconds.values()))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_peak_on_this_machine(remat):
+    command = [sys.executable, str(Path(__file__).parent / "plan_peak.py"), remat]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["measured"] == pytest.approx(found["predicted"], rel=0.1), found

@@ -1,0 +1,170 @@
+"""Plans: which machines there are, what a program takes of them, and what is said when it is too much."""
+
+import copy
+import dataclasses
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import rich.console
+from jax.sharding import AbstractMesh
+
+import lora_jax as lora
+from lora_jax import sharding
+from lora_jax.models import decoder
+from lora_jax.models.config import DecoderConfig
+from train import advice, architectures, forecast, plan, plan_table, programs, topology
+from train import config as settings
+
+TINY = DecoderConfig("llama", 512, 128, 256, 2, 4, 2, 32, 256)
+# Billions of parameters, by the models' own cards.
+SIZES = {
+    "llama-3.2-1b": 1.24,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.6,
+    "llama-3.1-405b": 406,
+    "qwen3-8b": 8.19,
+    "qwen3-30b-a3b": 30.5,
+    "gemma-3-4b": 3.88,
+    "gemma-3-12b": 11.8,
+    "gemma-3-27b": 27.0,
+}
+
+
+def configured(**changes):
+    config = settings.sft()
+    with config.unlocked():
+        config.update({"model": "llama-3.2-1b", "batch_size": 2, **changes})
+        config.data.length = 64
+    return config
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(plan, "shape_of", lambda config: TINY)
+    return topology.get("here")
+
+
+def test_architectures_are_as_large_as_their_cards_say():
+    assert set(architectures.ARCHITECTURES) == set(SIZES)
+    for name, billions in SIZES.items():
+        shape = architectures.decoder(name)
+        params = jax.eval_shape(lambda shape=shape: decoder.init(jax.random.key(0), shape))
+        assert lora.count(params) / 1e9 == pytest.approx(billions, rel=0.006), name
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5e", "v9:2x2", "", "h100:3"])
+def test_a_topology_that_does_not_exist(name):
+    with pytest.raises(
+        ValueError, match=f"^topology '{name}' does not exist; there are here, v5e:1x1, v5e:2x2, .* h100"
+    ):
+        topology.get(name)
+
+
+@pytest.mark.parametrize(("name", "package"), [("v5e:4x4", "libtpu"), ("h100", f"jax-cuda12-pjrt=={jax.__version__}")])
+def test_a_compiler_that_is_not_installed(monkeypatch, name, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=re.escape("is not installed; run: pip install") + f".*{package}"):
+        topology.get(name)
+
+
+def test_target_descriptions(tmp_path):
+    with pytest.raises(ValueError, match="'v5e:4x4' is none"):
+        topology.get("v5e:4x4", "h200.txtpb")
+    if importlib.util.find_spec("jax_cuda12_plugin"):
+        with pytest.raises(FileNotFoundError, match=r"h200.txtpb: no such file; give XLA's description of a GPU"):
+            topology.get("h100", str(tmp_path / "h200.txtpb"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantize": "nf4"}, {"method": "full"}, {"accumulate": 2}])
+def test_arguments_are_those_that_the_compiler_counts(quick, here, changes):
+    config = configured(**changes)
+    mesh = plan.mesh_of(config, here)
+    found = forecast.make(programs.training(config, TINY, mesh, jnp.float32, 64, 64), mesh, here)
+    parts = {name: found.bytes.get(name, 0) for name in ("base", "adapters", "optimizer", "batch")}
+    assert found.arguments == pytest.approx(sum(parts.values()), rel=0.01)
+    assert found.state == sum(parts.values()) - parts["batch"]
+    weights = 4 * lora.count(jax.eval_shape(lambda: decoder.init(jax.random.key(0), TINY)))
+    if config.method == "full":
+        assert parts["base"] == 0 and parts["adapters"] == weights
+    elif config.quantize:
+        assert parts["base"] < 0.6 * weights
+    else:
+        assert parts["base"] == weights
+    assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], rel=1e-3)
+
+
+def test_sampling_is_beside_it(quick, here):
+    config = configured()
+    mesh = plan.mesh_of(config, here)
+    found = forecast.make(programs.sampling(config, TINY, mesh, jnp.float32, 64), mesh, here)
+    cache = 2 * 4 * TINY.layers * 2 * 64 * TINY.kv_heads * TINY.head_dim
+    assert cache <= found.bytes["cache"] < 1.01 * cache
+    assert found.arguments == pytest.approx(found.bytes["base"] + found.bytes["cache"], rel=0.01)
+    products = 2 * 2 * (found.bytes["base"] / 4 - TINY.vocab * TINY.dim)
+    scores = 2 * 2 * 2 * 64 * TINY.heads * TINY.head_dim * TINY.layers
+    assert found.flops == pytest.approx(products + scores, rel=0.01)
+
+
+def test_less_is_kept_where_more_is_computed_again():
+    kept = {}
+    for remat in decoder.REMAT:
+        kept[remat] = programs.kept(configured(remat=remat), TINY, 64, 64, jnp.float32)
+    residual = 4 * TINY.layers * 64 * TINY.dim
+    assert residual <= kept["full"] < kept["dots"] < kept["none"]
+    assert kept["full"] < residual + 4 * 64 * (3 * TINY.vocab + 6 * TINY.dim)
+
+
+def test_what_is_printed_and_what_is_said_of_a_plan_that_does_not_fit(quick, here, tmp_path):
+    config, console = configured(batch_size=32), rich.console.Console(record=True, width=160)
+    small = here._replace(chip=here.chip._replace(bytes=2**25))
+    with pytest.raises(ValueError, match=r"^does not fit: ") as error:
+        plan.plan(config, small, console, "a run", picture=str(tmp_path / "plan.png"), tokens=10**6)
+    text = console.export_text()
+    for line in ("base", "optimizer", "activations", "temporaries", "peak", "to spare", "key/value cache"):
+        assert re.search(rf"^ ?{line} +(too much by )?[\d.]+ [GM]iB", text, re.MULTILINE), line
+    assert re.search(r"1,000,000 tokens .* about 1,000,000 bits; [\d,]+ trained .*: too few, take \d+ times", text)
+    assert "the learning rate is 0.00428" in text  # 5e-4 · (2000 / 128)^0.781
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    said = re.search(
+        r"[\d.]+ MiB a chip of 32.00 MiB; try config.remat='none' with config.batch_size=(\d+)", str(error.value)
+    )
+    config.batch_size = int(said[1])
+    assert 0 < config.batch_size < 32  # and this does fit
+    mesh = plan.mesh_of(config, small)
+    assert forecast.make(programs.training(config, TINY, mesh, jnp.float32, 64, 64), mesh, small).fits
+
+
+def test_what_adapters_can_hold():
+    assert advice.capacity(100, 200).endswith("200 bits; 100 trained parameters hold about 200: enough")
+    assert advice.capacity(100, 201).endswith("too few, take 2 times the rank")
+
+
+def test_what_to_change_where_no_row_fits():
+    config = configured(mesh="data=4")
+    mesh = AbstractMesh((4, 4, 1, 1), sharding.AXES)
+    bytes_ = {"base": 60 * 2**30, "program": 0}
+    found = forecast.Forecast(
+        "v5e:4x4", "TPU v5e", 16, {"data": 4}, bytes_, 0, 60 * 2**30, 61 * 2**30, 2**34, {}, 1, {}, 1, 0.0
+    )
+    said = advice.changes(config, mesh, found, {"none": 0, "full": 0})
+    assert said == (
+        "config.mesh='fsdp=16', which divides the base or config.quantize='nf4', which leaves about 0.29 of the linear "
+        "weights or --topology=v5e:8x16"
+    )
+    assert "config.method='lora'" in advice.changes(plan.fully(config), mesh, found, {"full": 0})
+    assert not found.fits and plan_table.spare(found) == "too much by 45.00 GiB"
+    assert dataclasses.replace(found, peak=2**33).fits
+
+
+def test_where_there_is_no_data_a_length_is_needed():
+    config = copy.deepcopy(configured())
+    config.data.length = 0
+    with pytest.raises(ValueError, match=r"config.data.length=0: say how many tokens a row has"):
+        plan.read(config)
+    config.model = "llama-9"
+    config.data.length = 8
+    with pytest.raises(FileNotFoundError, match=r"llama-9: no such folder .* to plan, also one of llama-3.2-1b, "):
+        plan.read(config)
