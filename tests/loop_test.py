@@ -23,6 +23,7 @@ def test_config_files_say_what_to_expect_and_can_be_meant(path):
     if "variants" in config:  # of another config
         return
     config = config.get("sft", config)  # a comparison's experiment
+    config.data.source = config.data.source or "planned for, before there is any"
     own = {"reward": rl_settings, "teacher": distill_settings, "reference": dpo_settings}
     next((module for name, module in own.items() if name in config), settings).check(config)
     with pytest.raises(AttributeError, match="locked"):

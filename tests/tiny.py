@@ -60,11 +60,12 @@ def write(folder, template: str | None = CHATML, seed: int = 0, **changes):
     (folder / "config.json").write_text(json.dumps(values))
     config = configs.from_hf(values)
     rng = np.random.default_rng(seed)
-    tensors = {
-        key.hf.format(*place): rng.normal(0, 0.1, keys.file_shape(key, config)).astype(np.float32)
-        for key in keys.table(config)
-        for place in keys.places(key, config)
-    }
+    tensors = {}
+    for key in keys.table(config):
+        # What has no layers is drawn for each of them too: tests were written with these numbers.
+        each = keys.places(key, config) if key.hf.count("{}") > 1 else [(layer,) for layer in range(config.layers)]
+        for place in each:
+            tensors[key.hf.format(*place)] = rng.normal(0, 0.1, keys.file_shape(key, config)).astype(np.float32)
     safetensors.numpy.save_file(tensors, folder / reader.WEIGHTS)
     return folder
 

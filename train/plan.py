@@ -27,12 +27,6 @@ from lora_jax.models.config import DecoderConfig
 from train import advice, architectures, examples, forecast, launch, loop, methods, plan_table, programs, topology
 from train import config as settings
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
-TOPOLOGY = flags.DEFINE_string("topology", "here", "v5e:4x4 and the like, h100, h100:8, or here: this machine")
-TARGET = flags.DEFINE_string("target", "", "a file with XLA's description of a GPU, in place of the H100's")
-TOKENS = flags.DEFINE_integer("tokens", 0, "tokens to learn in the data; 0: counted, or those of all steps")
-PICTURE = flags.DEFINE_string("picture", "", "PNG to draw; empty: none")
-
 
 class Rows(NamedTuple):
     """What a run's batches are made of.
@@ -173,4 +167,9 @@ def fully(config: settings.Config) -> settings.Config:
 
 
 if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
+    TOPOLOGY = flags.DEFINE_string("topology", "here", "v5e:4x4 and the like, h100, h100:8, or here: this machine")
+    TARGET = flags.DEFINE_string("target", "", "a file with XLA's description of a GPU, in place of the H100's")
+    TOKENS = flags.DEFINE_integer("tokens", 0, "tokens to learn in the data; 0: counted, or those of all steps")
+    PICTURE = flags.DEFINE_string("picture", "", "PNG to draw; empty: none")
     launch.run(main, settings.sft)
