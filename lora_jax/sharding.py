@@ -23,6 +23,7 @@ BATCH = ("data", "fsdp", "expert")  # what the rows of a batch are divided along
 RULES = (
     ("E", "expert"),
     ("F", "tensor"),
+    ("S", "tensor"),
     ("H", "tensor"),
     ("K", "tensor"),
     ("V", "tensor"),

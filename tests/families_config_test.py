@@ -24,6 +24,8 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 LINEAR = {"type": "linear", "factor": 8.0}
+# As in files of Llama 4: nothing is between the frequencies that are slowed and those that are not.
+LLAMA3 = {"factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
 LONG = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 FILES = {
     "llama": {"rope_theta": 5e5, "rope_scaling": LINEAR},
@@ -52,6 +54,14 @@ FILES = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 16, "norm_topk_prob": True},
     "qwen3_moe, sliding": {"use_sliding_window": True, "sliding_window": 16, "attention_bias": True},
+    "qwen2_moe": {"num_experts": 16},
+    "qwen2_moe, sliding": {"use_sliding_window": True, "max_window_layers": 3},
+    "qwen2_moe, shared as wide": {"shared_expert_intermediate_size": 1408, "qkv_bias": False, "norm_topk_prob": True},
+    "llama4_text": {},
+    "llama4_text, scaled": {"rope_scaling": {**LLAMA3, "rope_type": "llama3"}, "attention_bias": True},
+    "llama4_text, listed": {"no_rope_layers": [1, 0, 1, 1, 0, 0], "attention_chunk_size": 16, "floor_scale": 4},
+    "llama4_text, none of it": {"use_qk_norm": False, "attn_temperature_tuning": False, "attn_scale": 0.2}
+    | {"layer_types": ["full_attention"] * 6, "num_experts_per_tok": 2},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.01},
 }
 
@@ -74,6 +84,11 @@ PROPERTIES = {
     "window": {"window": 3},
     "window of some layers": {"window": 3, "sliding": (True, False)},
     "unrotated": {"unrotated": (True, False)},
+    "neighbours": {"rope_neighbours": True},
+    "pieces": {"chunk": 3},
+    "pieces in some layers": {"chunk": 3, "chunked": (True, False)},
+    "norms after rotation": {"qk_norm": "rotated"},
+    "norms of what is rotated": {"qk_norm": "rotated", "unrotated": (True, False)},
     "local rope": {"window": 99, "sliding": (True, False), "local_rope_base": 10.0},
     "partial rotation": {"rotary_dim": 4},
     "rope scale": {"rope_scale": 1.5},
@@ -107,6 +122,34 @@ def test_every_property_matters(params, changes, quick):
     hidden = functools.partial(decoder.hidden, config=dataclasses.replace(PLAIN, **changes))
     with jax.numpy_dtype_promotion("strict"):
         assert jax.eval_shape(hidden, half, x).dtype == jnp.bfloat16
+
+
+def test_queries_grow_where_nothing_rotates(params, quick):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
+    forward = jax.jit(decoder.forward, static_argnames="config")
+    unrotated, growth = {"unrotated": (True, False)}, {"query_growth": (3, 0.5)}
+    before = forward(params, x, dataclasses.replace(PLAIN, **unrotated))
+    after = forward(params, x, dataclasses.replace(PLAIN, **unrotated, **growth))
+    np.testing.assert_allclose(after[:, :2], before[:, :2], atol=1e-6)  # by log(1 + 0)
+    assert np.abs(after - before).max() > 0.1
+    np.testing.assert_array_equal(forward(params, x, dataclasses.replace(PLAIN, **growth)), forward(params, x, PLAIN))
+
+
+def test_texts_are_cut_where_they_begin(params, quick):
+    """A piece computes what it computes alone, wherever it is in a row, and in the cache too."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 10)))
+    forward = jax.jit(decoder.forward, static_argnames="config")
+    config = dataclasses.replace(PLAIN, chunk=4)
+    positions, segments = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]), jnp.array([[0] * 3 + [1] * 7])
+    together = forward(params, x, config, positions, segments)
+    for start, end in ((0, 3), (3, 7), (7, 10)):
+        alone = forward(params, x[:, start:end], PLAIN, positions[:, start:end])
+        np.testing.assert_allclose(together[:, start:end], alone, atol=1e-4)
+    assert np.abs(together - forward(params, x, PLAIN, positions, segments)).max() > 1e-2
+    cache, step = decoder.init_cache(config, 1, 7), jax.jit(decoder.forward_with_cache, static_argnames="config")
+    for t in range(3, 10):
+        logits, cache = step(params, x[:, t : t + 1], config, positions[:, t : t + 1], cache)
+        np.testing.assert_allclose(logits, together[:, t], atol=1e-4)
 
 
 def test_layers_that_differ_are_still_one_scan(params):

@@ -1,5 +1,6 @@
 """Every family computes what transformers computes, comes back from files as it went, and takes adapters."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -120,7 +121,11 @@ def test_adapters(made, case):
     sites = lora.trace(f, params, x)
     adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2))
     projections = {f"layers/{name}_proj/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    assert set(adapters) == projections | ({"layers/router/kernel"} if config.experts else set())
+    if config.experts:
+        projections.add("layers/router/kernel")
+    if config.shared_experts:
+        projections |= {f"layers/shared/{name}_proj/kernel" for name in ("gate", "up", "down")}
+    assert set(adapters) == projections
     leaves, tree = jax.tree.flatten(adapters)
     rngs = jax.random.split(jax.random.key(1), len(leaves))
     adapters = tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(rngs, leaves, strict=True)])
@@ -144,13 +149,20 @@ def test_peft_round_trip(made, case, tmp_path):
     _, config, params = made(case)
     x = tokens(2, 8)
     sites = lora.trace(functools.partial(decoder.forward, config=config), params, x)
-    fused = [key.path for key in keys.table(config) if "|" in key.file_axes]
-    adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2, alpha=3, exclude=fused))
+    # Where there is a shared expert, PEFT adapts the experts' arrays as they are, and no router.
+    arrays = bool(config.shared_experts)
+    lacking = [key.path for key in keys.table(config) if "|" in key.file_axes and not key.array]
+    if arrays:
+        lacking.append("layers/router/kernel")
+    adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2, alpha=3, exclude=lacking))
     leaves, tree = jax.tree.flatten(adapters)
     rngs = jax.random.split(jax.random.key(1), len(leaves))
     adapters = tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(rngs, leaves, strict=True)])
+    gate, up = (f"layers/{name}_proj/kernel" for name in ("gate", "up"))
+    if arrays:  # gate and up have one `a` there
+        adapters[up] = dataclasses.replace(adapters[up], a=adapters[gate].a)
     ours = lora.lift(decoder.forward)(lora.attach(params, adapters), x, config)
-    peft.save(tmp_path, adapters, config, params)
+    peft.save(tmp_path, adapters, config, params, fused=arrays)
     tiny_peft.same(peft.load(tmp_path, config, params), adapters)
     theirs = tiny_llama.logits(tiny_peft.peft.PeftModel.from_pretrained(tiny_families.make(case), tmp_path).eval(), x)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1.0, float(jnp.abs(ours).max())))

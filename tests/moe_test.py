@@ -27,14 +27,19 @@ def softmax(z):
     return z / z.sum(-1, keepdims=True)
 
 
-def token_by_token(x, scores, w, active, normalised):
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def token_by_token(x, scores, w, active, normalised, weights=softmax, weighted_inputs=False):
     """In float64, an expert at a time."""
     out = np.zeros_like(x)
-    for n, p in enumerate(softmax(scores)):
+    for n, p in enumerate(weights(scores)):
         best = np.argsort(-p)[:active]
         total = p[best].sum() if normalised else 1.0
         for e in best:
-            out[n] += p[e] / total * np.tanh(x[n] @ w["up"][e]) @ w["down"][e]
+            before, after = (p[e] / total, 1.0) if weighted_inputs else (1.0, p[e] / total)
+            out[n] += after * np.tanh(before * x[n] @ w["up"][e]) @ w["down"][e]
     return out
 
 
@@ -70,6 +75,27 @@ def test_routed_equals_token_by_token(active, idle, normalised):
     np.testing.assert_allclose(got, token_by_token(x, scores, w, active, normalised), rtol=1e-4, atol=1e-4)
     for other in ((active + 1, normalised), (active, not normalised)):
         assert np.abs(got - token_by_token(x, scores, w, *other)).max() > 1e-2
+
+
+@pytest.mark.parametrize("weighted_inputs", [True, False])
+@pytest.mark.parametrize("weights", [softmax, sigmoid], ids=["softmax", "sigmoid"])
+def test_weights_of_the_scores_and_what_they_multiply(weights, weighted_inputs):
+    x, scores, w = random()
+    f32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
+    got = moe.routed(mlp(f32(w)), f32(x), f32(scores), 2, False, weights.__name__, weighted_inputs)
+    want = functools.partial(token_by_token, x, scores, w, 2, False)
+    np.testing.assert_allclose(got, want(weights, weighted_inputs), rtol=1e-4, atol=1e-4)
+    for other in ((weights, not weighted_inputs), ({softmax: sigmoid, sigmoid: softmax}[weights], weighted_inputs)):
+        assert np.abs(got - want(*other)).max() > 1e-2
+
+
+def test_scores_that_saturate_are_still_told_apart():
+    x, _, w = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random())
+    scores = jnp.tile(jnp.array([30.0, 40.0, 20.0, 0.0, 0.0]), (N, 1))  # whose first three sigmoids are 1
+    got = moe.routed(mlp(w), x, scores, 1, False, "sigmoid")
+    expert = [jnp.tanh(x @ w["up"][e]) @ w["down"][e] for e in range(2)]
+    np.testing.assert_allclose(got, expert[1], atol=1e-5)
+    assert np.abs(got - expert[0]).max() > 0.1
 
 
 def test_scores_are_learnt_from():
@@ -165,6 +191,13 @@ FILE = {
         ({"decoder_sparse_step": 2}, r"layers \[0, 2\] are without experts, which is not supported where others have"),
         ({"mlp_only_layers": [3]}, r"layers \[3\] are without experts"),
         ({"num_experts_per_tok": 9, "num_experts": 8}, "a token cannot go through 9 of 8 experts"),
+        ({"model_type": "llama4_text", "interleave_moe_layer_step": 2}, r"layers \[0, 2\] are without experts"),
+        ({"model_type": "llama4_text", "moe_layers": [0, 1, 3]}, r"layers \[2\] are without experts"),
+        (
+            {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 2000},
+            "2000 is no multiple of the experts' 1408",
+        ),
+        ({"model_type": "llama4_text", "layer_types": ["sliding_attention"] * 4}, "sliding_attention is not supported"),
     ],
 )
 def test_refused(changes, message):

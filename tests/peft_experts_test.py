@@ -1,5 +1,6 @@
 """Adapters of experts in both of PEFT's layouts, one parameter for all or a module each: read, written, the same."""
 
+import functools
 import json
 import warnings
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.interop import peft, portable
+from lora_jax.interop import merged, parts, peft, portable
 from lora_jax.interop import safetensors as reader
 from lora_jax.models import decoder
 
@@ -35,7 +36,12 @@ SPECS = {
 GATE, DOWN = "layers/gate_proj/kernel", "layers/down_proj/kernel"
 
 
-@pytest.fixture(scope="module", params=["Mixtral", "Qwen3-MoE"])
+FAMILIES = ["Mixtral", "Qwen3-MoE"]
+# The experts of the last are arrays in files as well, with their axes the other way round.
+with_arrays = pytest.mark.parametrize("family", [*FAMILIES, "Llama 4 text"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
@@ -51,12 +57,14 @@ def theirs_with(family, folder):
     return tiny_peft.peeled(tiny_peft.peft.PeftModel.from_pretrained(tiny_families.make(family), folder).eval())
 
 
+@with_arrays
 @pytest.mark.parametrize("case", CASES)
 def test_fused_experts_are_read(case, family, model, tmp_path):
     theirs, config, params = model
     plain = tiny_peft.peeled(theirs)
+    names = [name.replace("mlp", "feed_forward") if family == "Llama 4 text" else name for name in CASES[case]]
     settings = tiny_peft.peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=CASES[case], **tiny_peft.TASK
+        r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=names, **tiny_peft.TASK
     )
     wanted = tiny_peft.peeled(tiny_peft.trained(theirs, settings, tmp_path / "theirs"))
     adapters = peft.load(tmp_path / "theirs", config, params)
@@ -87,6 +95,7 @@ def test_experts_are_written_one_by_one(family, model, tmp_path):
     assert np.abs(ours - plain).max() > 0.05
 
 
+@with_arrays
 @pytest.mark.parametrize("case", SPECS)
 def test_experts_are_written_as_one_parameter(case, family, model, tmp_path):
     _, config, params = model
@@ -105,6 +114,7 @@ def test_experts_are_written_as_one_parameter(case, family, model, tmp_path):
     assert np.abs(ours - plain).max() > 0.05
 
 
+@with_arrays
 def test_what_peft_lacks_for_fused_experts_is_refused(model, tmp_path):
     _, config, params = model
     sites = lora.trace(decoder.forward, params, jnp.zeros((1, 8), jnp.int32), config)
@@ -112,6 +122,24 @@ def test_what_peft_lacks_for_fused_experts_is_refused(model, tmp_path):
         adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2, target="up_proj", **rule))
         with pytest.raises(ValueError, match=f"PEFT has no {what} for fused experts such as 'layers/up_proj/kernel'"):
             peft.save(tmp_path / "ours", adapters, config, params, fused=True)
+
+
+@pytest.mark.parametrize("family", ["Llama 4 text"], indirect=True)
+def test_arrays_of_experts_are_merged_for_servers(model, tmp_path):
+    _, config, params = model
+    sites = lora.trace(decoder.forward, params, jnp.zeros((1, 8), jnp.int32), config)
+    adapters = lora.init(jax.random.key(0), params, sites, lora.Spec(rank=2))
+    adapters = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), adapters)
+    with pytest.raises(ValueError, match=r"is of experts that are one array .*: write the merged model instead"):
+        portable.convert(adapters, config, params)
+    merged.save(tmp_path / "merged", *parts.load(tmp_path / "base"), adapters)
+    files = reader.Files(tmp_path / "merged")
+    assert set(files) == set(reader.Files(tmp_path / "base"))
+    written, want = reader.read_json(tmp_path / "base/config.json"), lora.merge(params, adapters)
+    (tmp_path / "merged/config.json").write_text(json.dumps(written))
+    again = reader.load(tmp_path / "merged", jnp.float32)[1]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), again, want)
+    assert np.abs(again["layers"]["down_proj"]["kernel"] - params["layers"]["down_proj"]["kernel"]).max() > 0.01
 
 
 def test_gate_without_up_is_written_with_zeros_for_servers(model, tmp_path):

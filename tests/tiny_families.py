@@ -56,6 +56,14 @@ CASES = {
     "Mixtral": ("Mixtral", {"num_local_experts": 5}),
     "Qwen3-MoE": ("Qwen3Moe", {**HEADS, **EXPERTS}),
     "Qwen3-MoE, weights that add up to 1": ("Qwen3Moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
+    "Qwen2-MoE": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "Llama 4 text": (
+        "Llama4",
+        {
+            **{"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "no_rope_layer_interval": 2},
+            **{"attention_chunk_size": 6, "floor_scale": 3, "attn_scale": 0.4, "rope_parameters": LLAMA3},
+        },
+    ),
     "OLMo 2": ("Olmo2", {}),
     "SmolLM2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
     "SmolLM3": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
@@ -77,7 +85,7 @@ def make(case: str, **more):
     # A copy: transformers writes into the dicts of its configs.
     name, changes = CASES[case][0], CASES[case][1] | more
     torch.manual_seed(0)
-    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
+    config = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Llama4") else f"{name}Config")
     model = getattr(transformers, f"{name}ForCausalLM")(config(**copy.deepcopy(tiny_llama.SMALL | changes))).eval()
     with torch.no_grad():
         for parameter in model.parameters():

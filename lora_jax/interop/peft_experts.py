@@ -3,6 +3,9 @@
 transformers keeps the experts of a layer as `gate_up_proj` [E, 2F, D], gate before up, and `down_proj` [E, D, F]. PEFT
 adapts such an array with A [E·r, in], expert by expert, and B [out, r·E], rank by rank. It wraps `gate_up_proj` first,
 so that its tensors lie one level deeper (`base_layer`) where `down_proj` is adapted too.
+
+Some models keep the arrays as [E, D, 2F] and [E, F, D]. PEFT takes the second axis for the output's all the same: A is
+then on the side of what experts give, and B on that of what they are given.
 """
 
 import math
@@ -43,13 +46,18 @@ class Fused(NamedTuple):
 
 def names(config: DecoderConfig) -> dict[str, tuple[str, int]]:
     """The full names of a decoder's arrays of experts: which of `PARAMETERS` each is, and of which layer."""
-    expert = {key.path for key in keys.table(config) if key.hf.count("{}") > 1}
+    expert = {key.path: key for key in keys.table(config) if keys.leading(key) > 1}
     return {
-        f"model.layers.{layer}.mlp.experts.{name}": (name, layer)
+        f"{_holder(expert[paths[0]]).format(layer)}.{name}": (name, layer)
         for name, paths in PARAMETERS.items()
         for layer in range(config.layers)
-        if expert.issuperset(paths)
+        if expert.keys() >= set(paths)
     }
+
+
+def _holder(key: keys.Key) -> str:
+    """The module of transformers' that has the array, with a hole for the layer."""
+    return key.hf.rpartition(".")[0] if key.array else "model.layers.{}.mlp.experts"
 
 
 def fused(reader: Reader, sizes: Callable[[str], tuple[int, float, float]]) -> Callable[[], dict[str, Any]]:
@@ -114,6 +122,7 @@ def write(adapters: Mapping[str, LoRA], config: DecoderConfig) -> Written:
       config: of the decoder that they are for.
     """
     table = {key.path: key for key in keys.table(config)}
+    holder = _holder(table[PARAMETERS["down_proj"][0]])
     arrays = {
         name: _together([table[path] for path in paths], adapters, config)
         for name, paths in PARAMETERS.items()
@@ -125,7 +134,7 @@ def write(adapters: Mapping[str, LoRA], config: DecoderConfig) -> Written:
     }
     found = Written({}, {}, [])
     for name, (a, b, scale) in arrays.items():
-        modules = [f"model.layers.{layer}.mlp.experts" for layer in range(config.layers)]
+        modules = [holder.format(layer) for layer in range(config.layers)]
         for layer, module in enumerate(modules):
             if not busy[name][layer]:
                 continue
@@ -141,15 +150,15 @@ def write(adapters: Mapping[str, LoRA], config: DecoderConfig) -> Written:
                 b[layer].transpose(1, 2, 0).reshape(b.shape[2], -1)
             )
         own = [f"{module}.{name}" for module in modules if f"{module}.{name}" in found.sizes]
-        found.targets.extend([f"mlp.experts.{name}"] if len(own) == config.layers else own)
+        found.targets.extend([f"{holder.rpartition('{}.')[2]}.{name}"] if len(own) == config.layers else own)
     return found
 
 
 def _together(
     table: list[keys.Key], adapters: Mapping[str, LoRA], config: DecoderConfig
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """a [L, E, R, in] and b [L, E, out, R] of what is one array in files, and their γ."""
-    stack = keys.stack(table[0], config)
+    """a [L, E, R, in] and b [L, E, out, R] of what is one array in files, and their γ: in and out are PEFT's."""
+    stack = keys.matrices(table[0], config)
     pairs = []
     for key in table:
         lora = adapters.get(key.path)
@@ -173,6 +182,8 @@ def _together(
         rows.append(b)
     a = first if one else np.concatenate([pair[0] for pair in pairs if pair], 1)
     b = np.concatenate(rows, 1)
+    if layout.input_first(table[0]):
+        a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
     return a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:]), scale
 
 
@@ -194,22 +205,26 @@ def _parameter(
         for layer, full in layers.items()
     }
     one = Fused(table, *found.pop(), modules)
-    (_, E), (d_in, d_out) = keys.stack(table[0], reader.config), _widths(reader, table[0])
+    (_, E), (d_in, d_out) = keys.matrices(table[0], reader.config), _widths(reader, table)
+    if layout.input_first(table[0]):
+        d_in, d_out = d_out, d_in
     for module in modules.values():
         reader.expected[f"{PREFIX}{module}.lora_A.weight"] = [E * one.rank, d_in]
-        reader.expected[f"{PREFIX}{module}.lora_B.weight"] = [d_out * len(table), one.rank * E]
+        reader.expected[f"{PREFIX}{module}.lora_B.weight"] = [d_out, one.rank * E]
     return one
 
 
 def _read(reader: Reader, one: Fused) -> dict[str, LoRA]:
-    L, E = keys.stack(one.table[0], reader.config)
-    d_in, d_out = _widths(reader, one.table[0])
+    L, E = keys.matrices(one.table[0], reader.config)
+    d_in, d_out = _widths(reader, one.table)
     a = np.zeros((L, E, one.rank, d_in), np.float32)
-    b = np.zeros((L, E, d_out * len(one.table), one.rank), np.float32)
+    b = np.zeros((L, E, d_out, one.rank), np.float32)
     for layer, module in one.modules.items():
         a_in, b_out = (reader.file.tensor(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
-        a[layer] = a_in.reshape(E, one.rank, d_in)
-        b[layer] = b_out.reshape(-1, one.rank, E).transpose(2, 0, 1)
+        a_in, b_out = a_in.reshape(E, one.rank, -1), b_out.reshape(-1, one.rank, E).transpose(2, 0, 1)
+        if layout.input_first(one.table[0]):
+            a_in, b_out = b_out.swapaxes(1, 2), a_in.swapaxes(1, 2)
+        a[layer], b[layer] = a_in, b_out
     a, b = (x.reshape(L * E, *x.shape[2:]) for x in (a, b))
     found = {}
     for key, rows in zip(one.table, np.split(b, len(one.table), 1), strict=True):
@@ -218,5 +233,7 @@ def _read(reader: Reader, one: Fused) -> dict[str, LoRA]:
     return found
 
 
-def _widths(reader: Reader, key: keys.Key) -> list[int]:
-    return [math.prod(layout.sizes(key, reader.config, side)) for side in ("inp", "out")]
+def _widths(reader: Reader, table: list[keys.Key]) -> tuple[int, int]:
+    """In and out of an array: its weights have one input, and their outputs side by side."""
+    d_in, d_out = (math.prod(layout.sizes(table[0], reader.config, side)) for side in ("inp", "out"))
+    return d_in, d_out * len(table)

@@ -59,11 +59,12 @@ def modules(config: DecoderConfig) -> dict[str, Module]:
     """The modules of a model by their Hugging Face names, in the order of its layers.
 
     Tensors that hold several parameters one after another are not among them: PEFT has one adapter for all of these.
+    Nor are arrays of experts, which are no modules.
     """
     return {
         key.hf.format(*place).removesuffix(".weight"): Module(key, i)
         for key in keys.table(config)
-        if "|" not in key.file_axes
+        if "|" not in key.file_axes and not key.array
         for i, place in enumerate(keys.places(key, config))
     }
 
@@ -78,13 +79,18 @@ def embedding(key: keys.Key) -> bool:
     return key.path.endswith("/embedding")
 
 
+def input_first(key: keys.Key) -> bool:
+    """Whether a tensor's last two axes are in and out, as here: of an embedding, and of experts in one array."""
+    return embedding(key) or key.array
+
+
 def axes(key: keys.Key) -> Axes:
     """The use of a parameter's axes, as tracing the decoder finds it, from the table."""
-    first, second = (axis.split(".") for axis in key.file_axes.split())
-    inp, out = (first, second) if embedding(key) else (second, first)
+    first, second = (axis.split("|")[0].split(".") for axis in key.file_axes.split()[-2:])
+    inp, out = (first, second) if input_first(key) else (second, first)
     letters, stacked = key.axes.split(), key.hf.count("{}")
     sides = (tuple(letters.index(letter) + stacked for letter in side) for side in (inp, out))
-    return Axes(tuple(range(stacked)), *sides)
+    return Axes(tuple(range(keys.leading(key))), *sides)
 
 
 def sizes(key: keys.Key, config: DecoderConfig, side: str) -> list[int]:
@@ -113,7 +119,7 @@ def to_file(x: Any, part: Part, own: Sequence[int], key: keys.Key, config: Decod
       [S, *shape(part, ...)], with S tensors.
     """
     x, want = np.asarray(x, np.float32), getattr(axes(key), part.side) if part.side else ()
-    first = key.hf.count("{}")
+    first = keys.leading(key)
     order = [*range(first), *(first + list(own).index(axis) for axis in want)]
     x = x.transpose([*order, *range(len(order), x.ndim)])
     x = x.reshape(math.prod(x.shape[:first]), *_flat(part, x.shape[first + len(want) :]))
@@ -129,7 +135,7 @@ def from_file(x: np.ndarray, part: Part, key: keys.Key, config: DecoderConfig) -
     """The inverse of `to_file`, its axes those of `axes(key)`."""
     x = x.swapaxes(-1, -2) if part.axes == "Rn" else x
     rank = [x.shape[-1]] if "R" in part.axes else []
-    return jnp.asarray(x.reshape(*keys.stack(key, config), *sizes(key, config, part.side), *rank))
+    return jnp.asarray(x.reshape(*keys.matrices(key, config), *sizes(key, config, part.side), *rank))
 
 
 def rows(leaf: Any, which: Sequence[int]) -> np.ndarray:

@@ -52,7 +52,8 @@ def save(
       params: the decoder's.
       card: what is known of them.
       uniform: write every layer at its full rank, those of zeros too: files without patterns, as servers ask for.
-      fused: write the experts of a layer as one parameter (`target_parameters`), not as a module for each.
+      fused: write the experts of a layer as one parameter (`target_parameters`), not as a module for each; what is
+        one array in the model's files always is.
 
     Raises:
       ValueError: the adapters are not the decoder's, are not finite, or PEFT has nothing that computes the same.
@@ -120,7 +121,7 @@ class _Writer:
         for path, adapter in own.items():
             check(adapter, path, base[path].shape)
         # With experts as one parameter, theirs are written together.
-        experts = {path for path in own if fused and self.table[path].hf.count("{}") > 1}
+        experts = {path for path in own if self.table[path].array or (fused and keys.leading(self.table[path]) > 1)}
         for path, adapter in own.items():
             if path not in experts:
                 self._add(self.table[path], path, adapter)
@@ -203,7 +204,9 @@ class _Writer:
         for path, adapter in experts.items():
             if not isinstance(adapter, LoRA | AdaLoRA) or adapter.dropout:
                 what = type(adapter).__name__ if not isinstance(adapter, LoRA | AdaLoRA) else "dropout"
-                raise ValueError(f"PEFT has no {what} for fused experts such as {path!r}: write a module for each")
+                raise ValueError(
+                    f"PEFT has no {what} for fused experts such as {path!r}: write a module for each, or merge"
+                )
         self.experts = peft_experts.write({path: _plain(path, x) for path, x in experts.items()}, self.config)
         self.tensors |= self.experts.tensors
         self.dropouts.add(0.0)

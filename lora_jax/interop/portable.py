@@ -82,6 +82,11 @@ def convert(
     base, notes, found = leaves_by_path(params), [], {}
     errors: dict[str, float] = {}
     own = {path: adapter for path, adapter in adapters.items() if path != PROJECTIONS}
+    if arrays := [key.path for key in keys.table(config) if key.array and key.path in own]:
+        raise ValueError(
+            f"{arrays[0]!r} is of experts that are one array in this model's files, for which no server's adapters are "
+            f"known here: {MERGE}"
+        )
     kinds = {type(adapter).__name__ for adapter in own.values()} - {"LoRA"}
     for path, adapter in own.items():
         lora = low_rank(path, adapters, base[path].shape)

@@ -122,7 +122,7 @@ def _leaf(params: dict[str, Any], key: keys.Key, config: DecoderConfig) -> jax.A
 def _tensor(parts, leaves, place, config) -> np.ndarray:
     values = [np.asarray(leaf[place]) for leaf in leaves]
     rows = [keys.to_file(x, key, config) for x, key in zip(values, parts, strict=True)]
-    return np.ascontiguousarray(np.concatenate(rows))
+    return np.ascontiguousarray(np.concatenate(rows, keys.shared_axis(parts[0])))
 
 
 def _weight(

@@ -1,7 +1,7 @@
 """What a decoder is made of, and how a Hugging Face `config.json` says it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.models import families, scaling
@@ -17,6 +17,7 @@ class DecoderConfig:
       context: positions it was trained on.
       norm_eps: added to the mean square in the norms.
       rope_base: base of the geometric series of rotary frequencies.
+      rope_neighbours: numbers (0, 1), (2, 3), ... of a head are rotary pairs; else those of its two halves.
       rope_factors: what each rotary frequency is divided by; None for no scaling.
       tied: the head is the transposed embedding.
       rotary_dim: how many of a head's numbers are rotated; None for all.
@@ -27,8 +28,12 @@ class DecoderConfig:
       unrotated: for every layer whether it rotates nothing; () for none that does.
       window: the last tokens, itself included, that a token sees; None for all.
       sliding: for every layer whether it has the window; () for all.
+      chunk: texts are cut after so many tokens each, and no token sees another piece; None for whole texts.
+      chunked: for every layer whether it cuts them; () for all.
+      query_growth: (n, s): what rotates nothing multiplies queries of position t by 1 + s·log(1 + ⌊(t+1)/n⌋), or None.
       qkv_bias, o_bias, mlp_bias: which projections add a bias.
-      qk_norm: queries and keys are normalised: "head" each head by itself, "all" all heads as one; None for not.
+      qk_norm: queries and keys are normalised: "head" each head by itself, "all" all heads as one, "rotated" each head
+        by itself, without a scale, after it was rotated, where it is; None for not.
       pre_norm, post_norm: attention and MLP have a norm before, and after them.
       norm_offset: added to the scale of every norm.
       activation: of the MLP's gate, a name of `modules.ACTIVATIONS`.
@@ -38,6 +43,10 @@ class DecoderConfig:
       attn_cap, logit_cap: c·tanh(x/c) of scores and logits; None for no cap.
       experts, active_experts: MLPs of a layer, and how many of them a token goes through; 0 for one MLP.
       normalised_experts: the weights of a token's experts add up to 1.
+      router: what makes weights of its scores, a name of `moe.WEIGHTS`.
+      weighted_inputs: weights multiply what experts are given; else what they give.
+      shared_experts: as many more that every token goes through: one MLP, that many times as wide; 0 for none.
+      shared_gate: what that gives is multiplied by the sigmoid of a score of the token's.
       attention: what computes it, of `kernels.KINDS`; no part of the model.
     """
 
@@ -52,6 +61,7 @@ class DecoderConfig:
     context: int
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
+    rope_neighbours: bool = False
     rope_factors: tuple[float, ...] | None = None
     tied: bool = False
     rotary_dim: int | None = None
@@ -63,6 +73,9 @@ class DecoderConfig:
     unrotated: tuple[bool, ...] = ()
     window: int | None = None
     sliding: tuple[bool, ...] = ()
+    chunk: int | None = None
+    chunked: tuple[bool, ...] = ()
+    query_growth: tuple[float, float] | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -80,6 +93,10 @@ class DecoderConfig:
     experts: int = 0
     active_experts: int = 0
     normalised_experts: bool = True
+    router: str = "softmax"
+    weighted_inputs: bool = False
+    shared_experts: int = 0
+    shared_gate: bool = False
     attention: str = "chunked"
 
     @property
@@ -124,8 +141,9 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
             activation=_activation(config, unsaid.activations, source),
             **_rope(config, source),
             **_window(config, source),
+            **_chunks(config, source),
             **_scales(config, unsaid.scaled_embedding),
-            **(_biases(config) | _experts(config, source) | unsaid.properties),
+            **(_biases(config) | _norms(config) | _experts(config, source) | unsaid.properties),
         )
     except KeyError as missing:
         raise ValueError(f"{source}: the field {missing} is missing; is this a model's config.json?") from None
@@ -142,7 +160,7 @@ def checked(config: DecoderConfig, source: str) -> DecoderConfig:
         raise ValueError(f"{source}: {config.heads} query heads cannot share {config.kv_heads} key/value heads")
     if config.active_experts > config.experts:
         raise ValueError(f"{source}: a token cannot go through {config.active_experts} of {config.experts} experts")
-    for name in ("sliding", "unrotated"):
+    for name in ("sliding", "chunked", "unrotated"):
         if len(getattr(config, name)) not in (0, config.layers):
             raise ValueError(f"{source}: {len(getattr(config, name))} layers are said to be {name} of {config.layers}")
     return config
@@ -157,32 +175,48 @@ def _activation(config: Mapping[str, Any], known: Mapping[str, str], source: str
 
 def _biases(config: Mapping[str, Any]) -> dict[str, Any]:
     attention = bool(config.get("attention_bias"))
-    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(config.get("mlp_bias"))}
+    qkv = bool(config.get("qkv_bias", attention))
+    return {"qkv_bias": qkv, "o_bias": attention, "mlp_bias": bool(config.get("mlp_bias"))}
+
+
+def _norms(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qk_norm": "rotated"} if config.get("use_qk_norm") else {}
 
 
 def _experts(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     count = config.get("num_local_experts") or config.get("num_experts")
     if not count:
         return {}
-    every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    dense = [i for i in range(config["num_hidden_layers"]) if i in dense or (i + 1) % every]
+    layers = range(config["num_hidden_layers"])
+    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
+    dense, sparse = config.get("mlp_only_layers") or [], config.get("moe_layers")
+    if sparse is None:
+        sparse = [i for i in layers if i not in dense and (i + 1) % every == 0]
+    dense = [i for i in layers if i not in sparse]
     if dense:
         raise ValueError(f"{source}: layers {dense} are without experts, which is not supported where others have them")
+    hidden = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shared = config.get("shared_expert_intermediate_size") or 0
+    if shared % hidden:
+        raise ValueError(f"{source}: shared_expert_intermediate_size {shared} is no multiple of the experts' {hidden}")
     return {
         "experts": count,
         "active_experts": config["num_experts_per_tok"],
         "normalised_experts": bool(config.get("norm_topk_prob", True)),
+        "shared_experts": shared // hidden,
     }
 
 
 def _scales(config: Mapping[str, Any], scaled_embedding: bool) -> dict[str, Any]:
     squared = config.get("query_pre_attn_scalar")
+    growth = (config["floor_scale"], config["attn_scale"]) if config.get("attn_temperature_tuning") else None
     embed = config["hidden_size"] ** 0.5 if scaled_embedding else config.get("embedding_multiplier", 1.0)
     return {
         "embed_scale": float(embed),
         "residual_scale": float(config.get("residual_multiplier", 1.0)),
         "logit_scale": 1.0 / config.get("logits_scaling", 1.0),
         "attn_scale": squared**-0.5 if squared else config.get("attention_multiplier"),
+        "query_growth": growth,
         "attn_cap": config.get("attn_logit_softcapping"),
         "logit_cap": config.get("final_logit_softcapping"),
     }
@@ -218,6 +252,26 @@ def _unrotated(config: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple(not r for r in rotated) if not all(rotated) else ()
 
 
+def _chunks(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Which layers cut the text: those that rotate, unless it is said."""
+    size, layers = config.get("attention_chunk_size"), config["num_hidden_layers"]
+    if size is None:
+        return {}
+    if types := config.get("layer_types"):
+        _check_types(types, "chunked_attention", source)
+        chunked = tuple(kind == "chunked_attention" for kind in types)
+    else:
+        chunked = tuple(not unrotated for unrotated in _unrotated(config) or (False,) * layers)
+    if not any(chunked):
+        return {}
+    return {"chunk": size, "chunked": () if all(chunked) else chunked}
+
+
+def _check_types(types: Sequence[str], local: str, source: str) -> None:
+    if unknown := set(types) - {local, "full_attention"}:
+        raise ValueError(f"{source}: layer_types {', '.join(sorted(unknown))} is not supported")
+
+
 def _window(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Which layers are sliding, by the most explicit of the fields that say so."""
     if config.get("use_bidirectional_attention"):
@@ -226,11 +280,10 @@ def _window(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if width is None or not config.get("use_sliding_window", True):
         return {}
     if types := config.get("layer_types"):
-        if unknown := set(types) - {"sliding_attention", "full_attention"}:
-            raise ValueError(f"{source}: layer_types {', '.join(sorted(unknown))} is not supported")
+        _check_types(types, "sliding_attention", source)
         sliding = tuple(kind == "sliding_attention" for kind in types)
     elif every := config.get("sliding_window_pattern"):
-        sliding = tuple((i + 1) % every != 0 for i in range(layers))
+        sliding = tuple((i + 1) % every != 0 and i < config.get("max_window_layers", layers) for i in range(layers))
     elif unrotated := _unrotated(config):
         sliding = unrotated
     else:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import attention, kernels, partition, rope
+from lora_jax.models import attention, kernels, partition, rope, varying
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.modules import Decoder
 from lora_jax.models.remat import REMAT
@@ -114,23 +114,25 @@ def _layers(model, x_BTD, config, positions_BT, segments_BT, remat, prefix, keep
     B, T, _ = x_BTD.shape
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    angles = rope.rotary(_shifted(positions_BT, prefix), config)
+    positions_BT = _shifted(positions_BT, prefix)
+    angles = rope.rotary(positions_BT, config)
     layer_graph, layers = nnx.split(model.layers)
 
     def body(x_BTD, xs):
-        layer, varying, prefix_NKh = xs
-        window = varying.get("window", config.window)
+        layer, own, prefix_NKh = xs
+        window = own.get("window", config.window)
+        apart_BT = varying.segments(own, config, segments_BT, positions_BT)
         x_BTD = checkpoint_name(x_BTD, "layer")
 
         def attend(q, k, v):
-            return _mixed(q, k, v, segments_BT, prefix_NKh, window, config), (k, v) if keep else None
+            return _mixed(q, k, v, apart_BT, prefix_NKh, window, config), (k, v) if keep else None
 
-        x_BTD, kept = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
+        x_BTD, kept = nnx.merge(layer_graph, layer)(x_BTD, varying.angles(own, angles), attend)
         return partition.rows(x_BTD), kept
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(body, x_BTD, (layers, _varying(config), prefix))
+    return jax.lax.scan(body, x_BTD, (layers, varying.numbers(config), prefix))
 
 
 def _mixed(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefix_NKh, window, config: DecoderConfig) -> jax.Array:
@@ -145,26 +147,6 @@ def _mixed(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefix_NKh, window, config: Deco
         mixed_BTHh = attention.causal(*given, config.attn_scale, config.attn_cap)
     # As a matrix: a TPU fills a last axis up to 128.
     return checkpoint_name(mixed_BTHh.reshape(-1, config.heads * config.head_dim), "kept")
-
-
-def _varying(config: DecoderConfig) -> dict[str, jax.Array]:
-    """What differs from layer to layer beside the parameters, scanned with them; nothing where all are alike."""
-    varying = {}
-    if config.sliding:
-        everything = jnp.iinfo(jnp.int32).max
-        varying["window"] = jnp.array([config.window if s else everything for s in config.sliding], jnp.int32)
-    other = config.unrotated if config.local_rope_base is None else config.sliding
-    if any(other):
-        varying["other_angles"] = jnp.array(other, jnp.int32)
-    return varying
-
-
-def _angles_of(varying: dict[str, jax.Array], angles: rope.Angles) -> rope.Angles:
-    """The angles of a layer, of the two that `rotary` gives where layers differ."""
-    if "other_angles" not in varying:
-        return angles
-    sin, cos = angles
-    return sin[varying["other_angles"]], cos[varying["other_angles"]]
 
 
 def _shifted(positions_BT: jax.Array, prefix: KeysValues | None) -> jax.Array:
@@ -260,11 +242,14 @@ def forward_with_cache(
 
     def body(carry, xs):
         x_BTD, k_LBKSh, v_LBKSh = carry
-        layer, index, varying, prefix_NKh = xs
-        window = varying.get("window", config.window)
+        layer, index, own, prefix_NKh = xs
+        window, chunk = own.get("window", config.window), own.get("chunk", config.chunk)
         seen_BTS = mask_BTS
         if window is not None:
             seen_BTS = seen_BTS & (positions_BT[:, :, None] - positions_BS[:, None, :] < window)
+        if chunk is not None:
+            piece_BT, piece_BS = (_shifted(x, prefix) // chunk for x in (positions_BT, positions_BS))
+            seen_BTS = seen_BTS & (piece_BT[:, :, None] == piece_BS[:, None, :])
 
         def written(cache_LBKSh, x_BTKh):
             x_LBKTh = x_BTKh.swapaxes(1, 2)[None].astype(cache_LBKSh.dtype)
@@ -276,11 +261,11 @@ def forward_with_cache(
             seen = new_k[index], new_v[index], seen_BTS, prefix_NKh
             return attention.masked(q, *seen, config.attn_scale, config.attn_cap), (new_k, new_v)
 
-        x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, _angles_of(varying, angles), attend)
+        x_BTD, (new_k, new_v) = nnx.merge(layer_graph, layer)(x_BTD, varying.angles(own, angles), attend)
         return (partition.rows(x_BTD), new_k, new_v), None
 
     carry = (_looked_up(model, tokens_BT, config), cache["k"], cache["v"])
-    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), _varying(config), prefix))
+    (x_BTD, k, v), _ = jax.lax.scan(body, carry, (layers, jnp.arange(config.layers), varying.numbers(config), prefix))
     last_B = jnp.argmax(positions_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     logits_BV = head(params, model.final_norm(x_BD), config)

@@ -26,6 +26,7 @@ class Key(NamedTuple):
       when: the field of the config without which there is no such parameter; "" for always.
       part: which of the tensor's parameters it is.
       rotary: its rows belong to rotary pairs.
+      array: the tensor has a matrix for every expert, and is no weight of a module: nothing follows its name.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Key(NamedTuple):
     when: str = ""
     part: int = 0
     rotary: bool = False
+    array: bool = False
 
 
 class Family(NamedTuple):
@@ -73,6 +75,21 @@ EXPERTS = (
     Key("gate_proj/kernel", "mlp.experts.{}.gate_proj", "D F", "F D"),
     Key("up_proj/kernel", "mlp.experts.{}.up_proj", "D F", "F D"),
     Key("down_proj/kernel", "mlp.experts.{}.down_proj", "F D", "D F"),
+)
+EXPERT_ARRAYS = (
+    Key("router/kernel", "feed_forward.router", "D E", "E D"),
+    Key("gate_proj/kernel", "feed_forward.experts.gate_up_proj", "E D F", "E D F|F", part=0, array=True),
+    Key("up_proj/kernel", "feed_forward.experts.gate_up_proj", "E D F", "E D F|F", part=1, array=True),
+    Key("down_proj/kernel", "feed_forward.experts.down_proj", "E F D", "E F D", array=True),
+    Key("shared/gate_proj/kernel", "feed_forward.shared_expert.gate_proj", "D S", "S D"),
+    Key("shared/up_proj/kernel", "feed_forward.shared_expert.up_proj", "D S", "S D"),
+    Key("shared/down_proj/kernel", "feed_forward.shared_expert.down_proj", "S D", "D S"),
+)
+SHARED_EXPERT = (
+    Key("shared/gate_proj/kernel", "mlp.shared_expert.gate_proj", "D S", "S D", when="shared_experts"),
+    Key("shared/up_proj/kernel", "mlp.shared_expert.up_proj", "D S", "S D", when="shared_experts"),
+    Key("shared/down_proj/kernel", "mlp.shared_expert.down_proj", "S D", "D S", when="shared_experts"),
+    Key("shared/score/kernel", "mlp.shared_expert_gate", "D 1", "1 D", when="shared_experts"),
 )
 FUSED_PROJECTIONS = (
     *(
@@ -123,6 +140,8 @@ FAMILIES = {
     "granite": _LLAMA,
     "mixtral": Family((*NORMS_BEFORE, *ATTENTION, *MIXTRAL_EXPERTS), OUTSIDE),
     "qwen3_moe": Family((*NORMS_BEFORE, *ATTENTION, *EXPERTS, *HEAD_NORMS), OUTSIDE),
+    "qwen2_moe": Family((*NORMS_BEFORE, *ATTENTION, *EXPERTS, *SHARED_EXPERT), OUTSIDE),
+    "llama4_text": Family((*NORMS_BEFORE, *ATTENTION, *EXPERT_ARRAYS), OUTSIDE),
 }
 
 
@@ -130,8 +149,8 @@ def table(config: DecoderConfig) -> list[Key]:
     """The keys of a model with this config, paths and names complete."""
 
     def complete(key: Key, path: str, hf: str) -> Key:
-        end = "bias" if key.path.endswith("/bias") else "weight"
-        return key._replace(path=path + key.path, hf=f"{hf}{key.hf}.{end}")
+        end = "" if key.array else ".bias" if key.path.endswith("/bias") else ".weight"
+        return key._replace(path=path + key.path, hf=f"{hf}{key.hf}{end}")
 
     family = FAMILIES[config.family]
     keys = [complete(key, "layers/", "model.layers.{}.") for key in family.layer]
@@ -150,6 +169,16 @@ def tensors(config: DecoderConfig) -> dict[str, list[Key]]:
 def stack(key: Key, config: DecoderConfig) -> tuple[int, ...]:
     """How many tensors are stacked here to one parameter, on leading axes: (), (layers,) or (layers, experts)."""
     return (config.layers, config.experts)[: key.hf.count("{}")]
+
+
+def matrices(key: Key, config: DecoderConfig) -> tuple[int, ...]:
+    """How many matrices are stacked here to one parameter, on leading axes: `stack`, with the experts of an array."""
+    return (config.layers, config.experts)[: leading(key)]
+
+
+def leading(key: Key) -> int:
+    """The number of these axes."""
+    return key.hf.count("{}") + key.array
 
 
 def places(key: Key, config: DecoderConfig) -> list[tuple[int, ...]]:
@@ -190,10 +219,11 @@ def from_file(x: Any, key: Key, config: DecoderConfig, index: Index | None = Non
     cuts = {
         a: slice(*cut.indices(size[a])) for a, cut in zip(letters, index or [slice(None)] * len(letters), strict=True)
     }
-    starts, window = [sum(_widths(key.file_axes.split()[0], size)[: key.part])], []
-    for axis in own.split():
+    starts = [sum(_widths(axis, size)[: key.part]) if "|" in axis else 0 for axis in key.file_axes.split()]
+    window = []
+    for start, axis in zip(starts, own.split(), strict=True):
         first, *rest = axis.split(".")
-        start, width = starts.pop() if starts else 0, math.prod(size[a] for a in rest)
+        width = math.prod(size[a] for a in rest)
         window.append(slice(start + cuts[first].start * width, start + cuts[first].stop * width))
         size[first], cuts[first] = cuts[first].stop - cuts[first].start, slice(None)
     order = own.replace(".", " ").split()
@@ -202,16 +232,20 @@ def from_file(x: Any, key: Key, config: DecoderConfig, index: Index | None = Non
 
 
 def to_file(x: np.ndarray, key: Key, config: DecoderConfig) -> np.ndarray:
-    """The inverse of `from_file`: the rows of the tensor that are this parameter's."""
+    """The inverse of `from_file`: what of the tensor is this parameter's."""
     letters, axes, size = key.axes.split(), _own_axes(key), sizes(config)
     order = [letters.index(a) for a in axes.replace(".", " ").split()]
     return x.transpose(order).reshape([sum(_widths(axis, size)) for axis in axes.split()])
 
 
+def shared_axis(key: Key) -> int:
+    """The axis of the tensor along which it holds several parameters; 0 where it holds one."""
+    return next((i for i, axis in enumerate(key.file_axes.split()) if "|" in axis), 0)
+
+
 def _own_axes(key: Key) -> str:
     """The file's axes, without the other parameters of the tensor."""
-    first, *rest = key.file_axes.split()
-    return " ".join([first.split("|")[key.part], *rest])
+    return " ".join(axis.split("|")[key.part if "|" in axis else 0] for axis in key.file_axes.split())
 
 
 def _widths(axis: str, size: dict[str, int]) -> list[int]:
@@ -223,4 +257,4 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
     c = config
     q, k = (c.heads, c.kv_heads) if c.qk_norm == "all" else (1, 1)
     size = {"V": c.vocab, "D": c.dim, "F": c.hidden, "E": c.experts, "H": c.heads, "K": c.kv_heads, "h": c.head_dim}
-    return size | {"q": q * c.head_dim, "k": k * c.head_dim}
+    return size | {"1": 1, "S": c.shared_experts * c.hidden, "q": q * c.head_dim, "k": k * c.head_dim}

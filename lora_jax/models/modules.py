@@ -71,6 +71,25 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab, dim)))
 
 
+class Shared(nnx.Module):
+    """A gated MLP beside a layer's experts, for all tokens."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        D, S = config.dim, config.shared_experts * config.hidden
+        self.gate_proj, self.up_proj, self.down_proj = (Projection(s, rngs) for s in ((D, S), (D, S), (S, D)))
+        self.score = Projection((D, 1), rngs) if config.shared_gate else None
+        self.activation = config.activation
+
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        """What it adds to what the experts give."""
+        y_ND = self.down_proj(gated(self.gate_proj(x_ND), self.up_proj(x_ND), self.activation))
+        if self.score is None:
+            return y_ND
+        # A product with a vector: no matrix that factors of a lower rank could adapt.
+        score_N = x_ND @ self.score.kernel[...].astype(x_ND.dtype).reshape(-1)
+        return jax.nn.sigmoid(score_N)[:, None] * y_ND
+
+
 class Layer(nnx.Module):
     """Attention and a gated MLP, or several for the tokens to choose from, each with its norms and a residual."""
 
@@ -82,13 +101,15 @@ class Layer(nnx.Module):
             self.attn_norm, self.mlp_norm = norm(D), norm(D)
         if c.post_norm:
             self.attn_post_norm, self.mlp_post_norm = norm(D), norm(D)
-        q_norm, k_norm = (norm(n * h if c.qk_norm == "all" else h) if c.qk_norm else None for n in (H, K))
-        self.q_norm, self.k_norm = q_norm, k_norm
+        width = {"head": (h, h), "all": (H * h, K * h)}.get(c.qk_norm or "")
+        self.q_norm, self.k_norm = map(norm, width) if width else (None, None)
         self.q_proj = _projection((D, H, h), rngs, bias=c.qkv_bias)
         self.k_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
         self.v_proj = _projection((D, K, h), rngs, bias=c.qkv_bias)
         self.o_proj = _projection((H, h, D), rngs, contract=2, bias=c.o_bias)
         into, out = (D, F), (F, D)
+        if c.shared_experts:
+            self.shared = Shared(c, rngs)
         if c.experts:
             self.router = Projection((D, c.experts), rngs)
             self.gate_proj, self.up_proj, self.down_proj = (moe.Experts(c.experts, s, rngs) for s in (into, into, out))
@@ -106,8 +127,10 @@ class Layer(nnx.Module):
         # every gradient product.
         x_ND = x_BTD.reshape(B * T, D)
         n_ND = self.attn_norm(x_ND) if c.pre_norm else x_ND
-        q_BTHh = rope.rotate(_by_width(self.q_norm, self.q_proj(n_ND)).reshape(heads), *angles)
-        k_BTKh = rope.rotate(_by_width(self.k_norm, self.k_proj(n_ND)).reshape(heads), *angles)
+        q_BTHh = self._placed(_by_width(self.q_norm, self.q_proj(n_ND)).reshape(heads), angles)
+        k_BTKh = self._placed(_by_width(self.k_norm, self.k_proj(n_ND)).reshape(heads), angles)
+        if angles.growth is not None:
+            q_BTHh = (angles.growth * q_BTHh).astype(q_BTHh.dtype)
         mixed, extra = attend(q_BTHh, k_BTKh, self.v_proj(n_ND).reshape(heads))
         new_ND = self.o_proj(mixed.reshape(B * T, -1))
         x_ND = self._added(x_ND, self.attn_post_norm(new_ND) if c.post_norm else new_ND)
@@ -117,13 +140,25 @@ class Layer(nnx.Module):
 
             def routed(n_ND, scores_NE, weights):
                 mlp = functools.partial(_mlp, *nnx.merge(graph, weights), c.activation)
-                return moe.routed(mlp, n_ND, scores_NE, c.active_experts, c.normalised_experts)
+                how = c.active_experts, c.normalised_experts, c.router, c.weighted_inputs
+                return moe.routed(mlp, n_ND, scores_NE, *how)
 
             new_ND = partition.apart(routed, (n_ND, self.router(n_ND)), weights)
         else:
             new_ND = _mlp(self.gate_proj, self.up_proj, self.down_proj, c.activation, n_ND)
+        if c.shared_experts:
+            new_ND = new_ND + self.shared(n_ND)
         x_ND = self._added(x_ND, self.mlp_post_norm(new_ND) if c.post_norm else new_ND)
         return x_ND.reshape(B, T, D), extra
+
+    def _placed(self, x_BTHh: jax.Array, angles: rope.Angles) -> jax.Array:
+        """Rotated, and normalised where the layer rotates and the norm comes after."""
+        c = self.config
+        turned = rope.rotate(x_BTHh, angles, c.rope_neighbours)
+        if c.qk_norm != "rotated":
+            return turned
+        normed = normalised(turned, jnp.ones(()), c.norm_eps, 0.0)
+        return normed if angles.rotated is None else jnp.where(angles.rotated, normed, turned)
 
     def _added(self, x_ND: jax.Array, new_ND: jax.Array) -> jax.Array:
         return x_ND + (new_ND if self.config.residual_scale == 1 else self.config.residual_scale * new_ND)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+WEIGHTS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+
 
 class Experts(nnx.Module):
     """x·W with a matrix for every group of rows."""
@@ -29,8 +31,10 @@ def routed(
     scores_NE: jax.Array,
     active: int,
     normalised: bool,
+    weights: str = "softmax",
+    weighted_inputs: bool = False,
 ) -> jax.Array:
-    """Σ over a token's experts e of p_e·mlp_e(x), where p is the softmax of the scores and the likeliest are taken.
+    """Σ over a token's experts e of p_e·mlp_e(x), those of the largest scores, where p is the softmax of the scores.
 
     Args:
       mlp: (x_MD, sizes_E) -> y_MD, for rows that stand expert by expert.
@@ -38,15 +42,22 @@ def routed(
       scores_NE: what the router says of each expert.
       active: experts of a token, A.
       normalised: the probabilities of those are divided by their sum, as if the softmax were of theirs alone.
+      weights: what makes p of the scores, a name of `WEIGHTS`.
+      weighted_inputs: the sum is of mlp_e(p_e·x).
 
     Returns:
       y_ND, in the dtype of x.
     """
-    p_NA, expert_NA = jax.lax.top_k(jax.nn.softmax(scores_NE.astype(jnp.float32)), active)
+    scores_NE = scores_NE.astype(jnp.float32)
+    expert_NA = jax.lax.top_k(scores_NE, active)[1]
+    p_NA = jnp.take_along_axis(WEIGHTS[weights](scores_NE), expert_NA, axis=-1)
     if normalised:
         p_NA = p_NA / jnp.sum(p_NA, axis=-1, keepdims=True)
     expert_M = expert_NA.reshape(-1)
     order_M = jnp.argsort(expert_M)
-    y_MD = mlp(x_ND[order_M // active], jnp.bincount(expert_M, length=scores_NE.shape[-1]))
+    p_NA, x_MD = p_NA.astype(x_ND.dtype), x_ND[order_M // active]
+    if weighted_inputs:
+        x_MD, p_NA = p_NA.reshape(-1, 1)[order_M] * x_MD, jnp.ones_like(p_NA)
+    y_MD = mlp(x_MD, jnp.bincount(expert_M, length=scores_NE.shape[-1]))
     y_NAD = y_MD[jnp.argsort(order_M)].reshape(*p_NA.shape, -1)
-    return jnp.einsum("NA,NAD->ND", p_NA.astype(x_ND.dtype), y_NAD)
+    return jnp.einsum("NA,NAD->ND", p_NA, y_NAD)

@@ -3,30 +3,50 @@
 Shapes: B batch, T time, h head dim.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from lora_jax.models.config import DecoderConfig
 
-Angles = tuple[jax.Array, jax.Array]
+
+class Angles(NamedTuple):
+    """What positions do to queries and keys.
+
+    Attributes:
+      sin, cos: [B, T, 1, h/2], of the rotary angles, float32.
+      rotated: whether there are such angles; None where all layers have some.
+      growth: [B, T, 1, 1], float32, what queries are multiplied by; None for 1.
+    """
+
+    sin: jax.Array
+    cos: jax.Array
+    rotated: jax.Array | None = None
+    growth: jax.Array | None = None
 
 
 def rotary(positions_BT: jax.Array, config: DecoderConfig) -> Angles:
-    """Sines and cosines [B, T, 1, h/2] of the rotary angles, float32.
-
-    Where some layers rotate otherwise or not at all, both are stacked: [2, B, T, 1, h/2], theirs last.
-    """
-    angles = _scaled(positions_BT, config)
+    """The angles of the layers; where some rotate otherwise or not at all, both are stacked, [2, ...], theirs last."""
+    angles = Angles(*_scaled(positions_BT, config))
     if config.local_rope_base is not None:
-        other = _sin_cos(positions_BT, _frequencies(config, config.local_rope_base))
+        other = Angles(*_sin_cos(positions_BT, _frequencies(config, config.local_rope_base)))
     elif any(config.unrotated):
-        other = jnp.zeros_like(angles[0]), jnp.ones_like(angles[1])
+        angles = angles._replace(rotated=jnp.array(True))
+        other = Angles(jnp.zeros_like(angles.sin), jnp.ones_like(angles.cos), jnp.array(False))
+        if config.query_growth is not None:
+            growth = _growth(positions_BT[:, :, None, None], *config.query_growth)
+            angles, other = angles._replace(growth=jnp.ones_like(growth)), other._replace(growth=growth)
     else:
         return angles
-    return jnp.stack([angles[0], other[0]]), jnp.stack([angles[1], other[1]])
+    return jax.tree.map(lambda *both: jnp.stack(both), angles, other)
 
 
-def _scaled(positions_BT: jax.Array, config: DecoderConfig) -> Angles:
+def _growth(position: jax.Array, step: float, strength: float) -> jax.Array:
+    return 1 + strength * jnp.log1p(jnp.floor((position.astype(jnp.float32) + 1) / step))
+
+
+def _scaled(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
     frequency = _frequencies(config, config.rope_base)
     if config.rope_stretch is not None:
         # The base of the series grows with the text, once it is longer than the context.
@@ -52,16 +72,19 @@ def _frequencies(config: DecoderConfig, base: float) -> jax.Array:
     return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
 
 
-def _sin_cos(positions_BT: jax.Array, frequency: jax.Array) -> Angles:
+def _sin_cos(positions_BT: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
     angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
     return jnp.sin(angle), jnp.cos(angle)
 
 
-def rotate(x_BTHh: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + n) of every head's first 2n numbers by the n angles of its position."""
-    width = 2 * sin.shape[-1]
+def rotate(x_BTHh: jax.Array, angles: Angles, neighbours: bool = False) -> jax.Array:
+    """Rotates pairs (i, i + n), or neighbours (2i, 2i + 1), of every head's first 2n numbers by n angles."""
+    sin, cos, width = angles.sin, angles.cos, 2 * angles.sin.shape[-1]
     rest = [] if width == x_BTHh.shape[-1] else [x_BTHh[..., width:]]
     turned = x_BTHh[..., :width] if rest else x_BTHh
-    a, b = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHh.dtype)
+    turned = turned.astype(jnp.float32)
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if neighbours else jnp.split(turned, 2, axis=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = jnp.stack([a, b], axis=-1).reshape(turned.shape) if neighbours else jnp.concatenate([a, b], axis=-1)
+    turned = turned.astype(x_BTHh.dtype)
     return jnp.concatenate([turned, *rest], axis=-1) if rest else turned

@@ -54,7 +54,7 @@ def _llama3(rope, base, dim, context) -> Fields:
     factors = []
     for i in range(dim // 2):
         turns = rope["original_max_position_embeddings"] * base ** (-2 * i / dim) / (2 * math.pi)
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        kept = min(max((turns - low) / ((high - low) or 1e-9), 0.0), 1.0)
         factors.append(1.0 / ((1 - kept) / factor + kept))
     return {"rope_factors": tuple(factors)}
 
