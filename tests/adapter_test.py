@@ -19,6 +19,7 @@ def size(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_bytes_on_disk(tmp_path, capsys):
     model = tiny.write(tmp_path / "model", hidden_size=256, intermediate_size=512, num_attention_heads=4)
     config = sft_test.configured(model, tmp_path, steps=2, checkpoint__every=1, lora__rank=16, eval__answers=0)

@@ -100,6 +100,7 @@ def test_bad_examples(model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_longer_than_the_context_is_counted_and_cut_only_if_asked(model, tmp_path, capsys):
     lines = [*GOOD, *({"prompt": f"{i}", "completion": "x" * 200} for i in range(3))]
     config = configured(model, tmp_path, lines, steps=1, seed=1)
@@ -150,6 +151,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(model, tmp_path):
     assert [m["step"] for m in loop.read(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_good_checkpoint(model, tmp_path, monkeypatch):
     folder, usage = tmp_path / "run", shutil.disk_usage
 

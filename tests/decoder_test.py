@@ -113,6 +113,7 @@ def gradient(params, remat, tokens_BT, segments_BT=None):
     return jax.jit(jax.grad(mean))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_no_gradient(tiny, remat):
     x, segments = tokens(), np.repeat([[1, 2]], 10, axis=1).repeat(2, axis=0)
@@ -160,6 +161,7 @@ def test_attention_gradient_is_the_derivative(tiny):
     test_util.check_grads(lambda *x: attention.causal(*x, segments), (q, k, v), 1, modes=["rev"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_blocks_of_queries_equal_one_masked_product():
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (2, 150, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))

@@ -55,6 +55,7 @@ def test_the_divergence_and_its_gradient(strict):
     np.testing.assert_allclose(by_p, soft_p * (gap - kl(p, q)[:, None]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_loss_of_a_batch(model, tmp_path, reverse):
     """Equal to that of a merged model and a teacher with more to read, however the logits are divided."""
@@ -90,6 +91,7 @@ def evaluations(folder):
     return [line["heldout_loss"] for line in loop.read(folder / "metrics.jsonl") if "heldout_loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_policy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prompt_is_learned(model, tmp_path, on_policy):
     distill.train(configured(model, tmp_path, on_policy=on_policy), tmp_path / "run", "tiny")

@@ -158,6 +158,7 @@ def test_other_losses(model, tmp_path, name):
     assert after["reward_margin"] > before["reward_margin"]
 
 
+@pytest.mark.slow
 def test_judged_answers_alone(model, tmp_path):
     lines = [{"prompt": f"{a}", "completion": "it is" if a % 2 else str(a), "label": bool(a % 2)} for a in range(24)]
     dpo.train(configured(model, tmp_path, lines, loss="kto", steps=12), tmp_path / "run", "kto")

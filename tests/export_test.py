@@ -39,7 +39,9 @@ def adapted(base, trained, config):
     return np.asarray(lora.lift(decoder.forward)(lora.attach(base, trained), TOKENS, config))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "norms"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "pissa", "norms"))]
+)
 def test_a_merged_model_is_whole(method, model, tmp_path, capsys):
     base, trained, config = tiny_run.write(tmp_path / "run", model, method, rank=0 if method == "norms" else 4)
     out = tmp_path / "out"

@@ -30,9 +30,11 @@ def factor_products(sites, rows):
     return total
 
 
-@pytest.mark.parametrize(
-    "make", [pytest.param(f, marks=pytest.mark.slow) if f is gallery_flax.gemma_transformer else f for f in GALLERY]
-)
+# One of each library stands for all but in the slow tests.
+QUICK = (gallery_flax.nnx_by_hand, gallery_flax.linen_audio_network, gallery_others.equinox_convolutions)
+
+
+@pytest.mark.parametrize("make", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in GALLERY])
 def test_a_model_it_has_never_seen(make):
     f, params, x, rows = make()
     sites = lora.trace(f, params, x)

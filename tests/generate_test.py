@@ -146,6 +146,7 @@ def test_bad_arguments(loaded, prompts, changes, message):
         generate.generate(params, config, prompts, **arguments)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_whole_text(loaded, prompts):
     config, params = loaded
     end = (7, 9, 11, 13, 15, 17)

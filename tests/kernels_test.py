@@ -37,6 +37,7 @@ def both(kernel, q, k, v, segments, window=None, scale=None, cap=None):
     return jax.jit(lambda: (one(lambda *x: kernel(*x, segments, window, scale, *more)), one(ours)))()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "packed", "options"),
     [

@@ -64,6 +64,7 @@ def lifted(params, adapters):
     return jax.jit(lambda a: lora.lift(model)(lora.attach(params, a), IDS))(adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_rows_of_a_tied_embedding(key, dtype):
     """Used as a lookup and as the head: both see the trained rows, no other row changes by a bit."""
@@ -132,6 +133,7 @@ MIXED = (
 )
 
 
+@pytest.mark.slow
 def test_several_methods_in_one_spec(key):
     """Rank and scale by pattern; what is lifted is what is merged, after training all of it."""
     params = parameters(key)

@@ -57,6 +57,7 @@ def test_reshard(axes):
         check("reshard", axes, f, data(3, *(n for n, _ in axes)))
 
 
+@pytest.mark.slow
 @settings(few, max_examples=3)
 @given(uses())
 def test_stop_gradient(use):
@@ -77,6 +78,7 @@ def test_stop_gradient(use):
 # --- operations that consume the weight ---
 
 
+@pytest.mark.slow
 @settings(few, max_examples=4)
 @given(uses(), st.sampled_from([jnp.bfloat16, jnp.float16]))
 def test_products_of_fewer_bits(use, dtype):
@@ -127,12 +129,14 @@ def convolutions(draw):
     return axes, f, data(*(sizes[letter] for letter in numbers[0]))
 
 
+@pytest.mark.slow
 @settings(few, max_examples=15)
 @given(convolutions())
 def test_convolution(case):
     check("conv_general_dilated", *case)
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_ragged_dot(experts, d, f, draw):
@@ -211,6 +215,7 @@ def test_moves_within(name):
     few(given(uses())(run))()
 
 
+@pytest.mark.slow
 @few
 @given(uses())
 def test_moves_within_while(use):

@@ -65,7 +65,10 @@ def test_rows_of_a_tied_matrix_are_trained_on_both_sides(tmp_path):
     np.testing.assert_allclose(tiny_peft.their_logits(tmp_path / "ours", **tied), theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "layers", "vera", "whole", "biases"])
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dora", "layers", "vera", "whole", "biases")]
+
+
+@pytest.mark.parametrize("kind", ["lora", *OTHERS])
 def test_training_goes_on_here_and_there(kind, tmp_path):
     changes = tiny_peft.BIASED if "bias" in kind else {}
     model, config, params = tiny_peft.base(tmp_path / "base", **changes)

@@ -78,6 +78,7 @@ def test_target_descriptions(tmp_path):
             topology.get("h100", str(tmp_path / "h200.txtpb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"quantize": "nf4"}, {"method": "full"}, {"accumulate": 2}])
 def test_arguments_are_those_that_the_compiler_counts(quick, here, changes):
     config = configured(**changes)
@@ -117,6 +118,7 @@ def test_less_is_kept_where_more_is_computed_again():
     assert kept["full"] < residual + 4 * 64 * (3 * TINY.vocab + 6 * TINY.dim)
 
 
+@pytest.mark.slow
 def test_what_is_printed_and_what_is_said_of_a_plan_that_does_not_fit(quick, here, tmp_path):
     config, console = configured(batch_size=32), rich.console.Console(record=True, width=160)
     small = here._replace(chip=here.chip._replace(bytes=2**25))

@@ -154,6 +154,7 @@ def model():
     return config, lora.attach(params, adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_learner_and_sampler_agree(model, temperature, chunk):

@@ -108,6 +108,7 @@ def summed(m, batch, learned, **options):
     return likelihood.log_probs(m.params, batch, shape=m.config, learned=learned, **options)
 
 
+@pytest.mark.slow
 def test_log_probs_of_rows(model):
     m = hf.load(model)
     batch = sft_test.batch_of([5, 12, 20, 7], [2, 9, 1, 4])

@@ -51,6 +51,7 @@ def weights(draw):
 dequantised = jax.jit(Quantised.dequantised)
 
 
+@pytest.mark.slow
 @given(weights(), st.sampled_from(list(FORMATS)))
 def test_any_weight(case, format):
     w, axis, stacked = case

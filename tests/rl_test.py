@@ -86,6 +86,7 @@ def test_it_learns_what_is_rewarded(method, model, tmp_path, capsys):
     assert "held-out reward" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [o if o == "ppo" else pytest.param(o, marks=pytest.mark.slow) for o in policy.OBJECTIVES]
 )

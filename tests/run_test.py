@@ -83,6 +83,7 @@ def test_a_metric_that_is_not_measured_is_found_before_a_step(tmp_path):
     assert not steps_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_skipped_as_if_it_had_not_been(tmp_path, capsys):
     config = tiny_trainer.configured(steps=30, guard__then="skip", guard__spike=6.0, checkpoint__every=10)
     bad = {5: np.nan, 27: 1e4}

@@ -48,6 +48,7 @@ def runs(model, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_same(runs):
     plain, saving = ([line["loss"] for line in steps_of(runs[name][0])] for name in ("plain", "saving"))
     np.testing.assert_allclose(saving, plain, rtol=1e-5)

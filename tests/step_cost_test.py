@@ -71,6 +71,7 @@ def narrow(**changes):
     return dataclasses.replace(SMOLLM2, **{"vocab": 320, "layers": 2, "context": 128} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -102,6 +103,7 @@ def many(adapters):
     return jax.tree.map(lambda leaf: jnp.stack([(k + 1) * leaf for k in range(K)]), adapters)
 
 
+@pytest.mark.slow
 def test_adapters_of_one_step_have_their_own_gradients_and_learning_rates():
     config = narrow(dim=48, hidden=80, heads=3, kv_heads=1, head_dim=16)
     adapters, params, batch = steps.values(config)

@@ -11,7 +11,7 @@ from train import loop, methods, sft, trained
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
-QUICK = ("dora", "prefix")
+QUICK = ("dora",)
 
 
 def settings(model, tmp_path, method, **changes):
