@@ -215,6 +215,7 @@ UNSUPPORTED = {
     ),
     "layers": ({"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, "4 layers are"),
     "heads": ({"num_key_value_heads": 3}, "2 query heads cannot share 3 key/value heads"),
+    "no size": ({"intermediate_size": None}, "the model's hidden is None, and should be a whole number from 1 on"),
 }
 
 

@@ -151,11 +151,14 @@ def from_hf(config: Mapping[str, Any], source: str = "config.json") -> DecoderCo
 
 
 def checked(config: DecoderConfig, source: str) -> DecoderConfig:
-    """The config, if its heads fit together.
+    """The config, if its sizes are whole numbers and fit together.
 
     Raises:
       ValueError: they do not.
     """
+    for name in ("vocab", "dim", "hidden", "layers", "heads", "kv_heads", "head_dim"):
+        if type(size := getattr(config, name)) is not int or size < 1:
+            raise ValueError(f"{source}: the model's {name} is {size!r}, and should be a whole number from 1 on")
     if config.heads % config.kv_heads:
         raise ValueError(f"{source}: {config.heads} query heads cannot share {config.kv_heads} key/value heads")
     if config.active_experts > config.experts:
