@@ -17,7 +17,7 @@ def get_config():
     folder = os.path.join(os.environ.get("LORA_JAX_DATA", "../shared/data"), "gsm8k")
     config.data.source = f"gsm8k_solutions:{os.path.join(folder, 'model_solutions.jsonl')}"
     config.data.length = 256
-    config.data.heldout = 64
+    config.data.heldout = 128
     config.steps = 50
     config.batch_size = 4
     config.checkpoint.every = 25
