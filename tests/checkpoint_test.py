@@ -114,6 +114,7 @@ def flip_a_bit(folder):
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(

@@ -11,6 +11,7 @@ from lora_jax.interop import safetensors
 from lora_jax.models import attention, decoder
 from lora_jax.models.config import DecoderConfig
 
+pytestmark = pytest.mark.usefixtures("quick_module")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

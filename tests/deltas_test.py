@@ -14,6 +14,8 @@ import lora_jax as lora
 from lora_jax import Axes, arithmetic, deltas, grouping
 from lora_jax.methods import DoRA
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 pytestmark = pytest.mark.usefixtures("strict")
 
 

@@ -44,7 +44,7 @@ def on(line, rules=(), **changes):
 
 
 @pytest.mark.parametrize("compute", ["plain", "parts", "packed"])
-def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, quick):
+def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, quick, monkeypatch):
     """Losses, gradient norms, held-out losses, answers and the trained adapters; other data gives others."""
     changes = {
         "plain": {"eval__answers": 8},
@@ -52,6 +52,8 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, qui
         "packed": {"data__pack": True, "eval__answers": 0, "data__length": 40},
     }[compute]
     rows = {"batch_size": 8, "eval__batch_size": 8, "steps": 4, **changes}
+    # Adam divides a gradient by its own size, and makes as much of a rounding error where that is next to nothing.
+    monkeypatch.setattr(optax, "adamw", functools.partial(optax.adamw, eps=1e-3))
 
     def trained(name, **more):
         config = sft_test.configured(folder, tmp_path, **rows, **more)
@@ -66,7 +68,6 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, qui
     there, also, other = trained("mesh", mesh="fsdp=2,data=2,tensor=2" if compute == "plain" else "fsdp=4,tensor=2")
     np.testing.assert_allclose(there, numbers, rtol=1e-5)
     assert also == said
-    # As a whole: Adam divides a gradient by its own size, and so makes as much of one that is next to nothing.
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), other, final)
     assert float(optax.tree.norm(change)) < 1e-5 * float(optax.tree.norm(final))
     if compute == "plain":

@@ -9,6 +9,7 @@ from lora_jax.interop import safetensors
 from lora_jax.models import decoder, generate
 from lora_jax.models.config import DecoderConfig
 
+pytestmark = pytest.mark.usefixtures("quick_module")
 LENGTHS = [3, 9, 6]
 NEW = 12
 

@@ -9,6 +9,7 @@ from lora_jax.cost import flops
 from lora_jax.models import decoder, loss
 from lora_jax.models.config import DecoderConfig
 
+pytestmark = pytest.mark.usefixtures("quick_module")
 SHAPE = DecoderConfig("llama", 61, 16, 24, 1, 2, 1, 8, context=64)
 FORMS = {
     "all logits": {},

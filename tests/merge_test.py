@@ -9,6 +9,8 @@ from oracle import adapter, dense_delta, dense_params
 import lora_jax as lora
 from lora_jax import Axes
 
+pytestmark = pytest.mark.usefixtures("quick_module")
+
 
 def case(dtype, size=0.01):
     key = jax.random.key(5)

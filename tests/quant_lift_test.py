@@ -123,7 +123,7 @@ def check(f, q, adapters, floats, x, jit=True):
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("run", [r if r != "eager" else pytest.param(r, marks=SLOW) for r in RUNS])
+@pytest.mark.parametrize("run", [pytest.param(r, marks=SLOW) if r in ("eager", "by index") else r for r in RUNS])
 def test_equals_the_arrays(format, run):
     f = functools.partial(model, run=RUNS[run])
     q, adapters = setting(f, weights(), IDS, format)

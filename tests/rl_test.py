@@ -13,7 +13,7 @@ from train import launch, loop, methods, policy, rl, rl_settings, rollout
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
-QUICK = ("lora", "full")
+LEARNERS = ("lora", "full")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def rewards(folder):
 
 
 @pytest.mark.parametrize(
-    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in methods.METHODS]
+    "method", [m if m == "lora" else pytest.param(m, marks=pytest.mark.slow) for m in methods.METHODS]
 )
 def test_it_learns_what_is_rewarded(method, model, tmp_path, capsys):
     config = configured(model, tmp_path, method=method, steps=12)
@@ -77,7 +77,7 @@ def test_it_learns_what_is_rewarded(method, model, tmp_path, capsys):
     before, after = rewards(tmp_path / "run")
     lines = trained(tmp_path / "run")
     # Twelve steps change the likeliest answers of a random model for some methods; every method has a gradient.
-    assert after > before if method in QUICK else all(line["gradient_norm"] > 0 for line in lines)
+    assert after > before if method in LEARNERS else all(line["gradient_norm"] > 0 for line in lines)
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
         # One update on what was just sampled: the learner finds the sampler's probabilities.

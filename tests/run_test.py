@@ -118,9 +118,9 @@ def test_nothing_but_bad_steps_is_not_skipped_for_ever(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status", "kept"), [("SIGTERM", runner.RESUMABLE, 5), ("SIGKILL", -9, 4)])
+@pytest.mark.parametrize(("number", "status", "kept"), [("SIGTERM", runner.RESUMABLE, (5,)), ("SIGKILL", -9, (2, 4))])
 def test_a_signal_in_the_fifth_step(tmp_path, number, status, kept):
-    """Asked to stop, it ends the step and saves; killed, it goes on from the checkpoint before."""
+    """Asked to stop, it ends the step and saves; killed, it goes on from the last checkpoint that was written whole."""
 
     def start(*signal_at):
         script = f"import signal, sys, tiny_trainer; tiny_trainer.main(sys.argv[1], {', '.join(signal_at)})"
@@ -137,9 +137,10 @@ def test_a_signal_in_the_fifth_step(tmp_path, number, status, kept):
     assert stopped.returncode == status, stopped.stderr
     asked = "step 5: asked to stop, and saved; the same command goes on from here"
     assert (stopped.stdout.splitlines()[-1] == asked) == (number == "SIGTERM")
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == kept
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest in kept
     done = start()
-    assert done.returncode == 0 and f"going on from step {kept}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"going on from step {newest}" in done.stdout, done.stderr
     whole = tiny_trainer.train(tiny_trainer.configured(steps=6), tmp_path / "whole")
     np.testing.assert_array_equal(json.loads(done.stdout.splitlines()[-1]), np.asarray(whole).tolist())
     assert [line["seen"] for line in steps_of(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]

@@ -21,7 +21,6 @@ from lora_jax.cost import flops
 SHAPES = steps.shapes(SMOLLM2)
 # Full remat computes the layers' forward products again in either step: (6N² + ...) of 8N², not (4N² + ...) of 6N².
 SHARE = {"none": 0.72, "dots": 0.72, "full": 0.775}
-EVERY_REMAT = ["full", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("dots", "none"))]
 
 
 @functools.cache
@@ -40,7 +39,8 @@ def test_flops(remat):
     assert cost["merged"] > 0.92 * cost["full"]
 
 
-@pytest.mark.parametrize("remat", EVERY_REMAT)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", SHARE)
 def test_flops_of_the_compiled_program(remat):
     lifted, by_hand, full = (compiled(step, remat)[0].flops() for step in ("lifted", "by_hand", "full"))
     assert lifted == pytest.approx(by_hand, rel=0.005)
@@ -49,14 +49,16 @@ def test_flops_of_the_compiled_program(remat):
     assert lifted == pytest.approx(flops(Steps(SMOLLM2, remat).lifted, *SHAPES), rel=0.01)
 
 
-@pytest.mark.parametrize("remat", EVERY_REMAT)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", SHARE)
 def test_temporaries(remat):
     lifted, by_hand, merged = (compiled(step, remat)[1] for step in ("lifted", "by_hand", "merged"))
     assert lifted == pytest.approx(by_hand, rel=0.02)
     assert merged > lifted + lora.nbytes(SHAPES[1]["layers"])
 
 
-@pytest.mark.parametrize("remat", EVERY_REMAT)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", SHARE)
 def test_nothing_of_a_weights_size_is_computed(remat):
     sizes = steps.sizes(SHAPES[1])
     if remat == "none":
