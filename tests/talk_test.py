@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import io
+import re
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def talk(monkeypatch, capsys, question, **values):
     capsys.readouterr()
     with flagsaver.flagsaver(**values):
         script.main([])
-    return capsys.readouterr().out.replace("> ", "").strip()
+    out = capsys.readouterr().out.replace("> ", "").strip()
+    return re.sub(r"^\S+: step 60, the best of its checkpoints\n", "", out)
 
 
 def generated(m, question, max_new):
@@ -68,6 +70,10 @@ def test_it_says_what_is_generated_and_what_was_trained(model, run, monkeypatch,
     attached = trained.from_run(run, loop.resolved(run), m)
     merged = dataclasses.replace(m, params=lora.merge(m.params, attached.adapters))
     assert talk(monkeypatch, capsys, question, adapter=str(run), max_new=12) == generated(merged, question, 12) != base
+    # So it does with the adapter alone, in PEFT's files, which name the base.
+    assert talk(monkeypatch, capsys, question, adapter=str(run / "adapter"), max_new=12) == generated(
+        merged, question, 12
+    )
 
 
 @pytest.mark.slow
@@ -88,7 +94,7 @@ def test_temperature_draws(model, monkeypatch, capsys):
 
 
 def test_mistakes(model, run, tmp_path, monkeypatch, capsys):
-    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+    with pytest.raises(FileNotFoundError, match="neither the folder of a run"):
         talk(monkeypatch, capsys, "hi", adapter=str(tmp_path))
     other = tiny.write(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="trained over a base with fingerprint"):

@@ -1,6 +1,6 @@
-"""Talk to a model: `python -m train.chat`, or, with what a run has trained, `--adapter=runs/quickstart`.
+"""Talk to a model: `python -m train.chat`, or, with what was trained, `--adapter=runs/quickstart`.
 
-Type a line; an empty one, or the end of the input, ends the chat.
+Type a line; an empty one, or the end of the input, ends the chat. Of a run the best checkpoint answers.
 """
 
 import functools
@@ -20,7 +20,7 @@ from lora_jax.models import decoder
 from train import launch, loop, methods, trained
 
 MODEL = flags.DEFINE_string("model", "", 'a model; empty: the one the adapter was trained on, or "smollm2"')
-ADAPTER = flags.DEFINE_string("adapter", "", "folder of a run, such as runs/quickstart; empty: the base alone")
+ADAPTER = flags.DEFINE_string("adapter", "", "folder of a run, or of a PEFT adapter; empty: the base alone")
 MAX_NEW = flags.DEFINE_integer("max_new", 256, "tokens in an answer", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "of the tokens drawn")
@@ -29,14 +29,13 @@ BUCKET, SLOTS = 64, 2048  # prompts are padded to multiples of the one; the othe
 
 def main(_: list[str]) -> None:
     """Reads lines and answers them."""
-    folder = Path(ADAPTER.value)
-    alone = {"model": "smollm2", "dtype": "", "quantize": "", "method": ""}
-    run = loop.resolved(folder) if ADAPTER.value else alone
+    folder = Path(ADAPTER.value) if ADAPTER.value else None
+    run = trained.settings(folder)
     run |= {"model": MODEL.value or run["model"]}
     dtype = jnp.dtype(run["dtype"] or loop.base_dtype())
     model = methods.load(ConfigDict(run), dtype)
-    tree = trained.from_run(folder, run, model) if ADAPTER.value else model.params
-    format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
+    tree = trained.load(folder, model) if folder else model.params
+    format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder or Path()))
     key, messages = jax.random.key(SEED.value), []
     while question := _line():
         messages.append({"role": "user", "content": question})

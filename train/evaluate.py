@@ -1,7 +1,8 @@
 """What was trained beside its base: `python -m train.evaluate --adapter=runs/gsm8k --source=test.jsonl --task=gsm8k`.
 
-Each `--adapter` is the folder of a run or an adapter in PEFT's files; all answer the same questions as the base, and
-the differences to it are paired. Prints a table with 95% confidence intervals, and writes everything to `--out`.
+Each `--adapter` is the folder of a run, whose best checkpoint counts, or of an adapter in PEFT's files; all answer the
+same questions as the base, and the differences to it are paired. Prints a table with 95% confidence intervals, and
+writes everything to `--out`.
 
 Tasks: "loss" is that of the answers; "choice" takes the likeliest of several answers, as it is and for its length in
 bytes; and every reward scores what the model answers when it takes the likeliest token: "exact", "gsm8k",
@@ -48,17 +49,15 @@ def base(model: str, folders: Sequence[Path]) -> hf.Checkpoint:
     """Loads what all adapters were trained over.
 
     Args:
-      model: its name; if empty, the runs' own.
+      model: its name; if empty, the runs' own, or the one that the first adapter names.
       folders: of the adapters.
 
     Raises:
       FileNotFoundError, ValueError: a folder is no run, or two runs were trained over different bases.
     """
-    runs = {folder: loop.resolved(folder) for folder in folders if not trained.is_peft(folder)}
-    wanted = {"model": "smollm2", "dtype": "", "quantize": "", "method": ""}
+    runs = {folder: trained.settings(folder) for folder in folders if not trained.is_peft(folder)}
     first = next(iter(runs), None)
-    if first is not None:
-        wanted = {name: runs[first][name] for name in wanted}
+    wanted = trained.settings(first or next(iter(folders), None))
     for folder, run in runs.items():
         for name in ("model", "dtype", "quantize"):
             if run[name] != wanted[name]:
@@ -125,7 +124,7 @@ def _candidates(model: hf.Checkpoint, folders: Sequence[Path]) -> Iterator[tuple
 
 
 if __name__ == "__main__":
-    MODEL = flags.DEFINE_string("model", "", 'a model; empty: the one that the first run was trained on, or "smollm2"')
+    MODEL = flags.DEFINE_string("model", "", 'a model; empty: that of the first run or adapter, or "smollm2"')
     ADAPTERS = flags.DEFINE_multi_string(
         "adapter", [], "folder of a run or of a PEFT adapter; may be given several times"
     )

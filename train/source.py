@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from lora_jax import checkpoint
 from lora_jax.fingerprint import fingerprint
 from lora_jax.interop import card, hf, hub, merged, parts, peft, peft_config, peft_file
 from lora_jax.models.config import DecoderConfig
 from lora_jax.soft import Prefix, Prompt
-from train import adapter, loop, methods
+from train import adapter, loop, methods, trained
 
 RUN = flags.DEFINE_string("run", "", "folder of a run, such as runs/quickstart, or of a PEFT adapter")
 BASE = flags.DEFINE_string(
@@ -73,7 +72,7 @@ def _run(folder: Path, named: str) -> Source:
     run = loop.resolved(folder)
     name = named or run["model"]
     run |= {"model": _local(name)}
-    config, key, notes = ConfigDict(run), jax.random.key(run["seed"]), []
+    config, notes = ConfigDict(run), []
     versions = json.loads((folder / loop.VERSIONS).read_text())
     dtype = jnp.dtype(run["dtype"] or ("float32" if versions["backend"] == "cpu" else "bfloat16"))
     if run["quantize"] or run["method"] == "loftq" or not _in_safetensors(run["model"]):
@@ -81,21 +80,12 @@ def _run(folder: Path, named: str) -> Source:
     else:
         model = hf.load(run["model"], weights=False)
         model = dataclasses.replace(model, params=parts.load(run["model"], dtype)[1])
-    base = model.params
-    if run["method"] == "loftq":
-        base, like = methods.start(key, config, model)
-    else:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
-        like = jax.eval_shape(
-            lambda key, params: methods.start(key, config, dataclasses.replace(model, params=params))[1], key, shapes
-        )
-    found = checkpoint.load(folder / "checkpoints", like, fingerprint(base))
+    found = trained.read(folder, run, model, notes.append)
     if run["quantize"] or run["method"] == "loftq":
         notes.append(f"trained over a base quantised to {run['quantize'] or 'nf4'}")
-    whole = run["method"] == "full"
-    about = adapter.card(folder, run, name, checkpoint.newest(folder / "checkpoints"))
-    params = found if whole else base
-    return Source(None if whole else found, params, model.config, run["model"], _file_dtype(run["model"]), about, notes)
+    whole, about = run["method"] == "full", adapter.card(folder, run, name, found.step)
+    held = (None, found.trained) if whole else (found.trained, found.base)
+    return Source(*held, model.config, run["model"], _file_dtype(run["model"]), about, notes)
 
 
 def _peft(folder: Path, base: str, force: bool, one_sided: bool) -> Source:
