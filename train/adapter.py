@@ -62,8 +62,9 @@ def card(folder: Path, run: dict[str, Any], model: str, step: int | None) -> pef
     lines = [line for line in loop.read(folder / loop.METRICS) if step is None or line["step"] <= step]
     losses = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
     named = {"held-out loss before": losses[0], "held-out loss after": losses[-1]} if len(losses) > 1 else {}
-    spec = None if run["method"] in (*methods.SOFT, "full") else methods.spec(ConfigDict(run))
-    return peft.Card(name(model), spec, run["data"]["source"], step, named)
+    began = run.get("adapter", "")
+    spec = None if began or run["method"] in (*methods.SOFT, "full") else methods.spec(ConfigDict(run))
+    return peft.Card(name(model), spec, run["data"]["source"], step, named, began=began)
 
 
 def name(model: str) -> str:

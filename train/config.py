@@ -41,6 +41,8 @@ def common() -> Config:
             "method": "lora",  # train/methods.py lists them; "full" trains every parameter
             "quantize": "",  # of the base's linear weights: "nf4", "int8", "int4", "fp8"; empty: none
             "soft_text": "",  # what "prompt" and "prefix" start from; empty: random tokens
+            "adapter": "",  # to go on with, in PEFT's files; it says what is trained, and of lora only dropout counts
+            "force": False,  # go on with an adapter though it was trained over another base
         }
     )
     config.lora = {

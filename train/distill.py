@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-import lora_jax as lora
 from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.interop import hf
@@ -26,6 +25,7 @@ from lora_jax.models.config import DecoderConfig
 from train import adapter, distill_settings, launch, likelihood, loop, methods, objective, placing, teaching, trained
 from train import config as settings
 from train.run import Evaluation, run
+from train.start import begin
 from train.update import make_update
 
 SAMPLES = 5  # answers kept for the report
@@ -61,24 +61,11 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
-    batch, method = packing.batch([[data.lessons[0].student]], data.lengths[0]), config.method
-    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
-    base, trainable = placing.started(config, model.config, *begun)
-    tree = methods.runner(config, model)
-    if config.method == "full":
-        about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
-    elif config.method in methods.SOFT:
-        about = f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters"
-    else:
-        method = f"{config.method} {methods.spec(config)!r}"
-        about = f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}"
-    print(about)
-    identity = {
-        "base": checkpoint.fingerprint(model.params if base is None else base),
-        "data": data.digest,
-        "trained": f"{method}, {'on' if config.on_policy else 'off'}-policy",
-        "teacher": checkpoint.fingerprint(taught),
-    }
+    begun = begin(config, model, nll, packing.batch([[data.lessons[0].student]], data.lengths[0]))
+    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    print(begun.about)
+    identity = begun.identity(model, data.digest, f", {'on' if config.on_policy else 'off'}-policy")
+    identity |= {"teacher": checkpoint.fingerprint(taught)}
 
     def both(trainable: Tree, bases: tuple[Tree, Tree], key: jax.Array | None = None) -> tuple[Tree, Tree]:
         return tree(trainable, bases[0], key), bases[1]
@@ -121,7 +108,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         config,
         folder,
         name,
-        about=about,
+        about=begun.about,
         identity=identity,
         trainable=trainable,
         optimizer=optimizer,

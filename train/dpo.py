@@ -2,8 +2,9 @@
 
 Trains on pairs of a better and a worse answer, or on answers that were judged good or bad, with the losses of
 `train/preferences.py`: DPO, IPO, KTO, ORPO, SimPO. The reference is the base with the adapters off: there is no second
-model. Only full fine-tuning, and LoftQ, whose base is no longer the model, keep the model they began with; with
-`--config.reference=precomputed` not even these, for what the reference says is computed once, before the first step.
+model. Only full fine-tuning, and LoftQ, whose base is no longer the model, keep the model they began with, and a run
+that goes on with an adapter (`config.adapter`) that adapter; with `--config.reference=precomputed` not even these, for
+what the reference says is computed once, before the first step.
 """
 
 import functools
@@ -17,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_flags
 
-import lora_jax as lora
-from lora_jax import checkpoint
 from lora_jax.data import chat
 from train import adapter, dpo_settings, launch, likelihood, loop, methods, objective, pairs, placing, preferences
 from train import config as settings
 from train.preferences import Pairs
 from train.run import Evaluation, run
+from train.start import begin
 from train.update import make_update
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
@@ -61,33 +61,22 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
-    batch, trained = pairs.batch(data.items[:1], data.length), config.method
-    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
-    base, trainable = placing.started(config, model.config, *begun)
-    tree = methods.runner(config, model)
-    if config.method == "full":
-        about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
-    elif config.method in methods.SOFT:
-        about = f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters"
-    else:
-        trained = f"{config.method} {methods.spec(config)!r}"
-        about = f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}"
-    print(about)
-    identity = {
-        "base": checkpoint.fingerprint(model.params if base is None else base),
-        "data": data.digest,
-        "trained": f"{trained} by {config.loss}",
-    }
+    begun = begin(config, model, nll, pairs.batch(data.items[:1], data.length))
+    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    print(begun.about)
+    identity = begun.identity(model, data.digest, f" by {config.loss}")
 
+    # The reference: the model as training begins. With new adapters that is the base without them.
+    before = tree(jax.tree.map(jnp.copy, trainable), base) if config.adapter else model.params
     # What the reference makes of held-out answers is computed once; of the others, only if that is asked for.
     if config.loss not in preferences.FREE:
-        known = Known(jax.jit(log_probs), model.params, data.length, config.batch_size)
+        known = Known(jax.jit(log_probs), before, data.length, config.batch_size)
         data = data._replace(heldout=known.of(data.heldout))
         if config.reference == "precomputed":
             folder.mkdir(parents=True, exist_ok=True)
             data = data._replace(items=known.stored(data, folder / REFERENCE, identity))
     needed = config.loss not in preferences.FREE and config.reference == "base"
-    original = model.params if needed and base is not model.params else None
+    original = before if needed and base is not before else None
 
     def both(trainable: Tree, bases: tuple[Tree, Tree], key: jax.Array | None = None) -> tuple[Tree, Tree]:
         base, original = bases
@@ -123,7 +112,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         config,
         folder,
         name,
-        about=about,
+        about=begun.about,
         identity=identity,
         trainable=trainable,
         optimizer=optimizer,
@@ -217,7 +206,7 @@ class Known:
 
     Args:
       log_probs: `likelihood.log_probs` of a tree and a batch, compiled.
-      params: of the reference.
+      params: what the reference runs with.
       length: places in a row.
       size: items in a batch.
     """
@@ -234,15 +223,14 @@ class Known:
         return [item._replace(reference=row) for item, row in zip(items, found, strict=True)]
 
     def stored(self, data: pairs.Data, path: Path, identity: dict[str, Any]) -> list[pairs.Item]:
-        """The items to train on with it, from a file where that was written for the same base and data."""
-        whose = {name: identity[name] for name in ("base", "data")}
+        """The items to train on with it, from a file where that was written for the same run."""
         try:
             saved = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             saved = {}
-        if saved.get("of") != whose:
+        if saved.get("of") != identity:
             items = self.of(data.items)
-            loop.write(path, json.dumps({"of": whose, "log_probs": [item.reference for item in items]}) + "\n")
+            loop.write(path, json.dumps({"of": identity, "log_probs": [item.reference for item in items]}) + "\n")
             return items
         return [x._replace(reference=tuple(row)) for x, row in zip(data.items, saved["log_probs"], strict=True)]
 

@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,12 @@ import rich.console
 import rich.progress
 
 import lora_jax
+from lora_jax.interop import peft_config, peft_file
 from train import hosts, trackers
 
 METRICS, SAMPLES, CONFIG, VERSIONS = "metrics.jsonl", "samples.jsonl", "config.json", "versions.json"
 TRAINED = "trained.txt"
+BEGAN = "began"  # a copy of the adapter that a run went on with
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -96,6 +99,20 @@ def begin(folder: Path, config: dict[str, Any], trained: str = "") -> None:
     write(folder / VERSIONS, json.dumps(versions, indent=1) + "\n")
     write(folder / CONFIG, json.dumps(config, indent=1) + "\n")
     write(folder / TRAINED, trained)
+    if config.get("adapter"):
+        _keep(Path(config["adapter"]), folder / BEGAN)
+
+
+def _keep(adapter: Path, copy: Path) -> None:
+    """Copies an adapter's files, so that what a run trained can be read without those that it went on with."""
+    if not hosts.first() or copy.is_dir():
+        return
+    part = copy.with_name(f"{copy.name}.part")
+    with _writing(copy):
+        part.mkdir(exist_ok=True)
+        for name in (peft_config.NAME, peft_file.WEIGHTS):
+            shutil.copyfile(adapter / name, part / name)
+        part.rename(copy)
 
 
 def base_dtype() -> str:

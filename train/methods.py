@@ -147,9 +147,8 @@ def start(
         # A copy: what is trained is donated, and the base may be a teacher or a reference yet.
         return None, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), model.params)
     if config.method in SOFT:
-        n = config.lora.rank or METHODS[config.method].rank
         text = model.tokenizer.encode(config.soft_text, add_special_tokens=False).ids if config.soft_text else None
-        given = key, model.params, model.config, n, text
+        given = key, model.params, model.config, tokens(config), text
         if config.method == "prompt":
             return model.params, soft.init_prompt(*given)
         return model.params, soft.init_prefix(*given, keys_values=lora.lift(decoder.keys_values))
@@ -163,7 +162,17 @@ def start(
 
 def sites(model: hf.Checkpoint) -> lora.Sites:
     """How the decoder uses its weights."""
-    return lora.trace(decoder.forward, model.params, np.zeros((1, 8), np.int32), model.config)
+    return lora.trace(decoder.forward, model.params, *traced(model))
+
+
+def traced(model: hf.Checkpoint) -> tuple[np.ndarray, DecoderConfig]:
+    """What `decoder.forward` is traced with, besides parameters."""
+    return np.zeros((1, 8), np.int32), model.config
+
+
+def tokens(config: Config) -> int:
+    """How many tokens a prompt or a prefix trains."""
+    return config.lora.rank or METHODS[config.method].rank
 
 
 def runner(config: Config, model: hf.Checkpoint) -> Callable[[Tree, Tree, jax.Array | None], Tree]:
@@ -185,13 +194,13 @@ def room(config: Config, shape: DecoderConfig) -> int:
     """Positions left for a text: a prompt and a prefix take some."""
     if config.method not in SOFT:
         return shape.context
-    tokens = config.lora.rank or METHODS[config.method].rank
-    if tokens >= shape.context:
+    n = tokens(config)
+    if n >= shape.context:
         raise ValueError(
-            f"config.lora.rank={tokens}: that many trained tokens leave no room for a text in the {shape.context} "
+            f"config.lora.rank={n}: that many trained tokens leave no room for a text in the {shape.context} "
             "positions that the model knows"
         )
-    return shape.context - tokens
+    return shape.context - n
 
 
 def applied(f: Callable) -> Callable:

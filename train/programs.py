@@ -22,6 +22,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import quantize
 from train import config as settings
 from train import methods, objective, placing
+from train.start import adapters
 from train.update import make_update
 
 Tree = Any
@@ -192,7 +193,9 @@ def _model(config: settings.Config, shape: DecoderConfig, dtype: jnp.dtype) -> h
 
 
 def _start(config: settings.Config, model: hf.Checkpoint) -> tuple[Tree, Tree]:
-    """The base and what is trained, as `methods.start` makes them."""
+    """The base and what is trained, as `start.begin` makes them."""
+    if config.adapter:
+        return model.params, jax.eval_shape(lambda x: x, adapters(config, model, force=True))
 
     def start(key: jax.Array, params: Tree) -> tuple[Tree, Tree]:
         return methods.start(key, config, dataclasses.replace(model, params=params))

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, config_flags
 
-import lora_jax as lora
-from lora_jax import checkpoint
 from lora_jax.data import chat
 from lora_jax.models import decoder
 from train import adapter, judge, launch, loop, methods, placing, policy, rl_settings, rollout
 from train import config as settings
 from train.run import Evaluation, run
+from train.start import begin
 from train.update import make_update
 
 SAMPLES = 5  # answers kept for the report
@@ -57,27 +56,21 @@ def train(config: Config, folder: Path, name: str) -> None:
 
     asked = rollout.padded([prompt.ids for prompt in prompts.training[: config.sampler.prompts]], prompts.width)
     forward = functools.partial(decoder.hidden, config=model.config)
-    begun = methods.start(jax.random.key(config.seed), config, model, forward, asked)
-    base, trainable = placing.started(config, model.config, *begun)
-    plain = config.method in ("full", *methods.SOFT)
-    trained = config.method if plain else f"{config.method} {methods.spec(config)!r}"
-    about = f"{config.model}: {config.policy.objective}, {trained}, {lora.count(trainable):,} parameters"
+    begun = begin(config, model, forward, asked)
+    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    about = f"{config.policy.objective} for {begun.about}"
     print(about)
     before = base
-    if config.policy.kl and base is None:
+    if config.policy.kl and config.adapter:
+        before = tree(jax.tree.map(jnp.copy, trainable), base)
+    elif config.policy.kl and base is None:
         before = jax.tree.map(jnp.copy, model.params)  # what is trained takes the memory of the other
-    identity = {
-        "base": checkpoint.fingerprint(model.params if base is None else base),
-        "data": prompts.digest,
-        "trained": trained,
-    }
 
     # The optimizer counts updates, of which a step makes several.
     several = rl_settings.updates(config)
     counted = ConfigDict({**config.to_dict(), "steps": several * config.steps})
     rate = settings.schedule(counted, methods.rate(config, model.config.dim))
     tx = methods.optimizer(counted, trainable, rate)
-    tree = methods.runner(config, model)
     rows = config.sampler.rows or config.sampler.prompts * config.sampler.samples
     speak = methods.applied(decoder.forward_with_cache)
     sampler = rollout.Sampler(
@@ -113,7 +106,7 @@ def train(config: Config, folder: Path, name: str) -> None:
             folder,
             name,
             about=about,
-            identity=identity,
+            identity=begun.identity(model, prompts.digest),
             trainable=trainable,
             optimizer=optimizer,
             update=update,
@@ -204,8 +197,8 @@ def make_step(
             "tokens": int(said.counts_B.sum()) + sum(len(prompt.ids) for prompt in asked),
             **_learned(made),
         }
-        for phase, begin, end in zip(("sampling", "judging", "learning"), clock, clock[1:], strict=False):
-            numbers[f"{phase}_seconds"] = end - begin
+        for phase, since, until in zip(("sampling", "judging", "learning"), clock, clock[1:], strict=False):
+            numbers[f"{phase}_seconds"] = until - since
         return trainable, optimizer, numbers
 
     return update

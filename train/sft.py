@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-import lora_jax as lora
-from lora_jax import checkpoint
 from lora_jax.data import chat, packing
 from lora_jax.models import decoder
 from train import adapter, examples, heldout, hosts, launch, loop, methods, objective, placing
 from train import config as settings
 from train.run import Evaluation, run
+from train.start import begin
 from train.update import make_update
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file such as configs/quickstart.py")
@@ -62,23 +61,9 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     )
 
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
-    batch, trained = packing.batch(data.rows[:1], data.length), config.method
-    begun = methods.start(jax.random.key(config.seed), config, model, nll, batch)
-    base, trainable = placing.started(config, model.config, *begun)
-    tree = methods.runner(config, model)
-    if config.method == "full":
-        about = f"{config.model}: training all of its {lora.count(trainable):,} parameters"
-    elif config.method in methods.SOFT:
-        about = f"{config.model}: {config.method} tuning, {lora.count(trainable):,} parameters"
-    else:
-        trained = f"{config.method} {methods.spec(config)!r}"
-        about = f"{config.model}:\n{lora.report(nll, base, batch, spec=methods.spec(config))}"
-    print(about)
-    identity = {
-        "base": checkpoint.fingerprint(model.params if base is None else base),
-        "data": data.digest,
-        "trained": trained,
-    }
+    begun = begin(config, model, nll, packing.batch(data.rows[:1], data.length))
+    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    print(begun.about)
 
     rate = settings.schedule(config, methods.rate(config, model.config.dim))
     tx = methods.optimizer(config, trainable, rate)
@@ -107,8 +92,8 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         config,
         folder,
         name,
-        about=about,
-        identity=identity,
+        about=begun.about,
+        identity=begun.identity(model, data.digest),
         trainable=trainable,
         optimizer=optimizer,
         update=update,

@@ -49,14 +49,16 @@ def read(folder: Path, run: dict[str, Any], model: hf.Checkpoint, log: Callable[
       FileNotFoundError, ValueError: as `checkpoint.load`.
     """
     config, key, saved = ConfigDict(run), jax.random.key(run["seed"]), folder / "checkpoints"
-    if config.method == "loftq":
+    base = model.params
+    if run.get("adapter"):
+        like = peft.load(folder / loop.BEGAN, model.config, base, force=True)
+    elif config.method == "loftq":
         base, like = methods.start(key, config, model)
     else:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
         like = jax.eval_shape(
             lambda key, params: methods.start(key, config, dataclasses.replace(model, params=params))[1], key, shapes
         )
-        base = model.params
     best = checkpoint.best(saved)
     step = checkpoint.newest(saved) if best is None else best
     found = checkpoint.load(saved, like, checkpoint.fingerprint(base), step)

@@ -22,6 +22,7 @@ class Card:
       steps: updates made.
       losses: by name, such as `{"held-out loss before": 3.01, "held-out loss after": 0.36}`.
       command: that trained it.
+      began: the adapter that training went on with; "" for one of its own.
     """
 
     base: str = ""
@@ -30,6 +31,7 @@ class Card:
     steps: int | None = None
     losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
     command: str = ""
+    began: str = ""
 
     def metadata(self, fingerprint: str) -> dict[str, str]:
         """For a safetensors file, whose metadata are strings; `format` is what transformers asks for."""
@@ -38,6 +40,7 @@ class Card:
             rules = [dataclasses.asdict(rule) for rule in self.spec.rules]
             values[SPEC] = json.dumps({"rules": rules, "exclude": self.spec.exclude})
         told = {"data": self.data, "steps": self.steps, "losses": dict(self.losses), "command": self.command}
+        told["began"] = self.began
         if told := {name: value for name, value in told.items() if value not in ("", None, {})}:
             values[TRAINING] = json.dumps(told)
         return {"format": "pt", **values}
@@ -58,6 +61,7 @@ class Card:
         facts = {
             "Base": f"{self.base or 'not named'}, fingerprint {fingerprint}",
             "Adapter": f"{kind}, {parameters:,} parameters",
+            "Went on with": self.began,
             "Data": self.data,
             "Steps": "" if self.steps is None else f"{self.steps:,}",
             **{name[:1].upper() + name[1:]: f"{value:.4f}" for name, value in self.losses.items()},
