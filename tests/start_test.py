@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
@@ -13,8 +14,23 @@ import tiny
 import tiny_run
 
 import lora_jax as lora
+from lora_jax import sharding
 from lora_jax.interop import hf, peft
-from train import adapter, dpo, dpo_settings, examples, heldout, launch, loop, objective, sft, source, start, trained
+from train import (
+    adapter,
+    dpo,
+    dpo_settings,
+    examples,
+    heldout,
+    launch,
+    loop,
+    objective,
+    programs,
+    sft,
+    source,
+    start,
+    trained,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -60,6 +76,17 @@ def test_a_run_goes_on_with_an_adapter(model, begun, tmp_path, capsys):
 def test_dropout_is_the_configs(model, begun, tmp_path):
     config = sft_test.configured(model, tmp_path, adapter=str(begun[0]), lora__dropout=0.25)
     assert {x.dropout for x in start.adapters(config, hf.load(model), force=False).values()} == {0.25}
+
+
+def test_a_plan_counts_what_is_in_it(model, begun, tmp_path):
+    config = sft_test.configured(model, tmp_path, adapter=str(begun[0]))
+    shape, mesh = hf.load(model, weights=False).config, sharding.mesh("data=1")
+    parts = programs.state(config, shape, mesh, jnp.float32)
+    planned = {path: x.a.shape for path, x in parts["adapters"].items()}
+    assert planned == {path: x.a.shape for path, x in begun[1].items()}
+    config.adapter = ""
+    other = programs.state(config, shape, mesh, jnp.float32)["adapters"]
+    assert planned != {path: x.a.shape for path, x in other.items()}
 
 
 def test_mistakes(model, begun, tmp_path):

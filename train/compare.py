@@ -54,6 +54,8 @@ def compare(config: settings.Config, folder: Path) -> None:
     Raises:
       ValueError, OSError: with one line that says what to change.
     """
+    if config.sft.adapter:
+        raise ValueError("config.sft.adapter: methods are compared from their own beginnings; leave it empty")
     model = hf.load(config.sft.model, jnp.dtype(config.sft.dtype or loop.base_dtype()))
     format = chat.Format(model.tokenizer, model.chat_template, model.special, loop.started(folder))
     longest = max(methods.METHODS[name].rank for name in methods.SOFT)

@@ -162,7 +162,7 @@ def dtype_of(config: settings.Config, where: topology.Topology) -> jnp.dtype:
 def fully(config: settings.Config) -> settings.Config:
     """The same run, all parameters trained."""
     other = copy.deepcopy(config)
-    other.method, other.quantize = "full", ""
+    other.method, other.quantize, other.adapter = "full", "", ""
     return other
 
 
