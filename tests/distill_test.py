@@ -94,11 +94,49 @@ def evaluations(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("on_policy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prompt_is_learned(model, tmp_path, on_policy):
-    distill.train(configured(model, tmp_path, on_policy=on_policy), tmp_path / "run", "tiny")
+    config = configured(model, tmp_path, on_policy=on_policy)
+    if on_policy:  # which needs no answers
+        alone = [{"prompt": line["prompt"]} for line in LINES]
+        config.data.source = str(tiny.write_jsonl(tmp_path / "prompts.jsonl", alone))
+    distill.train(config, tmp_path / "run", "tiny")
     before, after = evaluations(tmp_path / "run")
     assert 0 < after < 0.8 * before
     samples = loop.read(tmp_path / "run" / "samples.jsonl")
     assert bool(samples) == on_policy
+
+
+def test_what_students_answer_themselves_needs_no_answer(model, tmp_path):
+    def prepared(lines, **changes):
+        config = configured(model, tmp_path, **changes)
+        config.data.source = str(tiny.write_jsonl(tmp_path / "asked.jsonl", lines))
+        return teaching.prepare(config, FORMAT, (128, 128))
+
+    turns = [[{"role": "user", "content": line["prompt"]}] for line in LINES]
+    said = [[{"role": "assistant", "content": line["completion"]}] for line in LINES]
+    alone, answered, chats, ending = (
+        prepared(lines, on_policy=True)
+        for lines in (
+            [{"prompt": line["prompt"]} for line in LINES],
+            LINES,
+            [{"messages": turn} for turn in turns],
+            [{"messages": turn + answer} for turn, answer in zip(turns, said, strict=True)],
+        )
+    )
+    for other in (answered, chats, ending):
+        assert other.digest == alone.digest and other.lengths == alone.lengths and other.learned == 6
+        for x, y in zip(alone.lessons + alone.heldout, other.lessons + other.heldout, strict=True):
+            assert x.example.question == y.example.question
+            assert all(np.array_equal(*pair) for pair in zip(x.asked, y.asked, strict=True))
+    assert {x.example.answer for x in answered.heldout} <= {line["completion"] for line in LINES}
+    assert {x.example.answer for x in alone.heldout} == {""}
+    other = prepared([{"prompt": "be two"}, *LINES[1:]], on_policy=True)
+    assert other.digest != alone.digest
+    with pytest.raises(ValueError, match=r"asked.jsonl:1: no text 'completion'"):
+        prepared([{"prompt": line["prompt"]} for line in LINES])
+    with pytest.raises(ValueError, match=r"asked.jsonl:1: nothing is asked"):
+        prepared([{"messages": answer} for answer in said], on_policy=True)
+    with pytest.raises(ValueError, match=r"asked.jsonl:1: chats, not prompts; it has 'text'"):
+        prepared([{"text": "one and two"}], on_policy=True)
 
 
 @pytest.mark.slow

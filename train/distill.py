@@ -198,9 +198,8 @@ def divergence(p_NV: jax.Array, q_NV: jax.Array) -> jax.Array:
 
 
 def _sample(format: chat.Format, lesson: teaching.Lesson) -> dict[str, str]:
-    asked = [message["content"] for message in lesson.example.messages[:-1]]
     said = chat.answer(format, lesson.student.ids[len(lesson.asked[0]) :])
-    return {"question": asked[-1] if asked else "", "expected": lesson.example.answer, "said": said}
+    return {"question": lesson.example.messages[-1]["content"], "expected": lesson.example.answer, "said": said}
 
 
 if __name__ == "__main__":

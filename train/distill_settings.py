@@ -16,7 +16,7 @@ def distill() -> Config:
     }
     config.update(
         {
-            "on_policy": False,  # the student learns from what it says itself, not from the answers of the data
+            "on_policy": False,  # the student learns from what it says itself; the data needs no answers
         }
     )
     config.sampler = {  # of the student's own answers

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax.data import chat, packing, sources
+from lora_jax.data import chat, kinds, packing, sources
 from lora_jax.models import generate
 from lora_jax.models.config import DecoderConfig
 from train.config import Config
@@ -26,10 +26,10 @@ class Lesson(NamedTuple):
       example: where it comes from.
       student: its tokens; what is learned of them are the same tokens as of the teacher's.
       teacher: its tokens, with what the teacher alone is told.
-      asked: prompts of the two, up to where the assistant is to answer.
+      asked: prompts of the two, up to where the assistant is to answer; all that there is until the student has.
     """
 
-    example: sources.Example
+    example: kinds.Example | kinds.Asked
     student: packing.Tokens
     teacher: packing.Tokens
     asked: tuple[np.ndarray, np.ndarray]
@@ -68,14 +68,15 @@ def prepare(config: Config, format: chat.Format, room: tuple[int, int]) -> Data:
       FileNotFoundError, ValueError: naming the file, line or example, and what is wrong.
     """
     settings, extra = config.data, config.sampler.max_new if config.on_policy else 0
-    found = sources.load(settings.source, columns(config))
+    kind, write = (kinds.Asked, prompt) if config.on_policy else (kinds.Example, lesson)
+    found = sources.load(settings.source, columns(config), kind)
     if settings.heldout_source:
-        held = sources.load(settings.heldout_source, columns(config))[: settings.heldout]
+        held = sources.load(settings.heldout_source, columns(config), kind)[: settings.heldout]
         found = sources.without(found, held)
     else:
         found, held = sources.split(found, settings.heldout, config.seed)
     most = min(settings.length or room[0], room[0]), room[1]
-    parts = [[lesson(format, example, config.teacher.system) for example in part] for part in (found, held)]
+    parts = [[write(format, example, config.teacher.system) for example in part] for part in (found, held)]
 
     def sizes(x: Lesson) -> tuple[int, int]:
         if config.on_policy:
@@ -116,6 +117,14 @@ def lesson(format: chat.Format, example: sources.Example, system: str) -> Lesson
         raise ValueError(f"{example.name}: with config.teacher.system the chat template writes its answers otherwise")
     asked = [chat.prompt(format, x.messages[:-1], x.tools) for x in (example, told)]
     return Lesson(example, *read, (asked[0], asked[1]))
+
+
+def prompt(format: chat.Format, asked: kinds.Asked, system: str) -> Lesson:
+    """Writes a prompt, whose answer the student is to give, for both; the teacher is told `system` before it."""
+    told = _told(asked.messages, system)
+    ours, theirs = (chat.prompt(format, messages, asked.tools) for messages in (asked.messages, told))
+    student, teacher = (packing.Tokens(asked.name, ids, np.zeros(len(ids), bool)) for ids in (ours, theirs))
+    return Lesson(asked, student, teacher, (ours, theirs))
 
 
 def batch(lessons: Sequence[Lesson], data: Data, rows: int = 0) -> dict[str, Any]:

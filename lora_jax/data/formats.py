@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.data.files import Record
-from lora_jax.data.kinds import Choice, Example, Feedback, Message, Pair, Task
+from lora_jax.data.kinds import Asked, Choice, Example, Feedback, Message, Pair, Task
 
 COLUMNS = (
     *("messages", "tools", "conversations", "system", "prompt", "completion"),
@@ -25,7 +25,7 @@ def read(record: Record, kind: type = Example, names: Mapping[str, str] | None =
 
     Args:
       record: from a source.
-      kind: `Example`, `Pair`, `Feedback`, `Task` or `Choice`.
+      kind: `Example`, `Asked`, `Pair`, `Feedback`, `Task` or `Choice`.
       names: the source's own names for `COLUMNS`, where they are others; a column named "" is not looked at.
 
     Returns:
@@ -39,7 +39,7 @@ def read(record: Record, kind: type = Example, names: Mapping[str, str] | None =
         if all(map(row.has, columns)):
             return make(row)
     for other, formats in FORMATS.items():
-        if other is not kind and any(all(map(row.has, columns)) for columns, _ in formats):
+        if other not in (kind, Asked) and any(all(map(row.has, columns)) for columns, _ in formats):
             raise row.error(f"{_name(other)}, not {_name(kind)}; it has {row.columns}")
     missing = next(column for column in PLAINEST[kind] if not isinstance(row.get(column), str | list))
     instead = " (nor 'messages')" if kind is Example else ""
@@ -136,9 +136,13 @@ def _completion(row: Row) -> Example:
 
 
 def _alpaca(row: Row) -> Example:
+    turns = [*_instruction(row), {"role": "assistant", "content": row.text("output")}]
+    return Example(row.record.name, turns, format="Alpaca instructions")
+
+
+def _instruction(row: Row) -> list[Message]:
     asked = "\n\n".join(filter(None, (row.text("instruction"), row.get("input") and row.text("input"))))
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row.text("output")}]
-    return Example(row.record.name, _system(row) + turns, format="Alpaca instructions")
+    return [*_system(row), {"role": "user", "content": asked}]
 
 
 def _solved(row: Row) -> Example:
@@ -148,6 +152,20 @@ def _solved(row: Row) -> Example:
 
 def _text(row: Row) -> Example:
     return Example(row.record.name, [], text=row.text("text"), format="texts")
+
+
+def _asked(messages: Callable[[Row], list[Message]], answer: str = "") -> Callable[[Row], Asked]:
+    """Makes what reads a prompt, without the assistant's answer where that is its last message or has a column."""
+
+    def make(row: Row) -> Asked:
+        found, said = messages(row), row.get(answer) if answer else ""
+        if found[-1]["role"] == "assistant":
+            found, said = found[:-1], found[-1]["content"]
+        if not found:
+            raise row.error("nothing is asked: its one message is the assistant's")
+        return Asked(row.record.name, found, row.tools(), said if isinstance(said, str) else "")
+
+    return make
 
 
 def _pair(row: Row) -> Pair:
@@ -210,6 +228,13 @@ FORMATS: dict[type, list[tuple[tuple[str, ...], Callable[[Row], Any]]]] = {
         (("prompt", "answer"), _solved),
         (("text",), _text),
     ],
+    Asked: [
+        (("messages",), _asked(lambda row: row.messages("messages"))),
+        (("prompt", "completion"), _asked(lambda row: row.turns("prompt", "user"), "completion")),
+        (("conversations",), _asked(lambda row: _sharegpt(row).messages)),
+        (("instruction",), _asked(_instruction, "output")),
+        (("prompt",), _asked(lambda row: row.turns("prompt", "user"), "answer")),
+    ],
     Pair: [(("chosen", "rejected"), _pair)],
     Feedback: [(("prompt", "completion", "label"), _feedback), (("messages", "label"), _feedback)],
     Choice: [(("prompt", "choices", "answer"), _choice)],
@@ -218,6 +243,7 @@ FORMATS: dict[type, list[tuple[tuple[str, ...], Callable[[Row], Any]]]] = {
 # What to ask for where nothing is recognised.
 PLAINEST = {
     Example: ("prompt", "completion"),
+    Asked: ("prompt",),
     Pair: ("prompt", "chosen", "rejected"),
     Feedback: ("prompt", "completion", "label"),
     Choice: ("prompt", "choices", "answer"),

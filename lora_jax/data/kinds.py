@@ -1,4 +1,4 @@
-"""What scripts take: chats and texts, preferences, judged answers, tasks with an answer that can be checked, choices.
+"""What scripts take: chats and texts, prompts, preferences, judged answers, tasks whose answer can be checked, choices.
 
 Each knows which exercises are in it, so that none of these is both trained on and held out.
 """
@@ -35,13 +35,39 @@ class Example(NamedTuple):
     @property
     def questions(self) -> set[str]:
         """Everything before the last message and before each of the assistant's: the exercises that are in it."""
-        turns = (i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-        return {self.question, *(_exercise(self.messages[:i]) for i in turns)}
+        return {self.question, *_answered(self.messages)}
 
     @property
     def answer(self) -> str:
         """The last message."""
         return self.messages[-1]["content"]
+
+
+class Asked(NamedTuple):
+    """A prompt that the model itself is to answer.
+
+    Args:
+      name: where it comes from.
+      messages: up to where the assistant is to speak.
+      tools: JSON schemas of the functions that it may call.
+      answer: what the data has for one; it is shown beside the model's.
+    """
+
+    name: str
+    messages: list[Message]
+    tools: Sequence[Any] = ()
+    answer: str = ""
+    format: str = "prompts"
+
+    @property
+    def question(self) -> str:
+        """The prompt."""
+        return _exercise(self.messages)
+
+    @property
+    def questions(self) -> set[str]:
+        """The prompt, and everything in it that the assistant has answered."""
+        return {self.question, *_answered(self.messages)}
 
 
 class Pair(NamedTuple):
@@ -133,7 +159,11 @@ class Choice(NamedTuple):
         return {self.question}
 
 
-Kind = Example | Pair | Feedback | Task | Choice
+Kind = Example | Asked | Pair | Feedback | Task | Choice
+
+
+def _answered(messages: Sequence[Message]) -> set[str]:
+    return {_exercise(messages[:i]) for i, message in enumerate(messages) if message["role"] == "assistant"}
 
 
 def _exercise(messages: Sequence[Message]) -> str:

@@ -29,7 +29,7 @@ def load(
     Args:
       source: as for `records`.
       columns: the source's own names for `formats.COLUMNS`, where they are others.
-      kind: what is wanted: `Example`, `Pair`, `Feedback`, `Task` or `Choice`.
+      kind: what is wanted: `Example`, `Asked`, `Pair`, `Feedback`, `Task` or `Choice`.
       log: told what is left out.
 
     Returns:
