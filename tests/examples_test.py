@@ -28,6 +28,7 @@ def test_streamed_and_mixed_data(tmp_path, capsys):
         "plain": {},
         "streamed": {"stream": True, "length": 60},
         "mixed": {"mixture": ((str(other), 1.0),)},
+        "mixed streams": {"mixture": ((str(other), 1.0),), "stream": True, "length": 60},
         "texts": {"length": 20},
     }
     prepared = {}
@@ -39,9 +40,10 @@ def test_streamed_and_mixed_data(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "36 prompts and completions" in said and "32 prompts and completions to train on, read as" in said
     assert "9 texts" in said and "% of the places are padding" in said
-    assert len({data.digest for data in prepared.values()}) == 4
-    names = {e.name.rpartition("/")[2].partition(":")[0] for e in prepared["mixed"].tokens}
-    assert names == {"data.jsonl", "other.jsonl"}
+    assert len({data.digest for data in prepared.values()}) == 5
+    for mixed in ("mixed", "mixed streams"):
+        names = {e.name.rpartition("/")[2].partition(":")[0] for e in prepared[mixed].tokens}
+        assert names == {"data.jsonl", "other.jsonl"}
     assert len(prepared["texts"].tokens) > 9 and prepared["texts"].asked == []
     for data in prepared.values():
         batches = data.batches(4, 0)

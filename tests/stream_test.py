@@ -14,8 +14,8 @@ from train import loop, sft
 FORMAT = template_test.tiny_format(tiny.CHATML)
 
 
-def examples(tmp_path, values):
-    return sources.Examples(sources.records(str(tiny.write_jsonl(tmp_path / "x.jsonl", values))), {})
+def examples(tmp_path, values, name="x"):
+    return sources.Examples(sources.records(str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", values))), {})
 
 
 def sums(tmp_path, n=60):
@@ -81,6 +81,42 @@ def test_the_place_in_a_stream_is_restored(tmp_path, pack):
     assert contents(stream.iterate(some, 3, seed=1, pack=pack), 30) != following
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_mixture_of_streams_has_the_rows_of_each_in_their_shares(tmp_path, pack):
+    ones = sums(tmp_path)
+    twos = examples(tmp_path, [{"prompt": f"{i} + 2", "completion": str(i + 2)} for i in range(40)], "twos")
+    parts = [(streamed(ones), 1.0), (streamed(twos), 0.5)]
+    mixed = stream.mix(parts, 3, seed=1, pack=pack)
+    alone = [stream.iterate(one, 1, seed=1 + i, pack=pack) for i, (one, _) in enumerate(parts)]
+    # Two rows of the first for one of the second, each in the order that it has by itself.
+    rows = [next(alone[i])["tokens"][0].tolist() for i in (0, 0, 1)]
+    assert sorted(next(mixed)["tokens"].tolist()) == sorted(rows)
+    seen = contents(mixed, 30)
+    if not pack:
+        assert [sum(x in set(expected(some)) for x in seen) for some in (ones, twos)] == [60, 30]
+    place = json.loads(json.dumps(mixed.get_state()))
+    following = contents(mixed, 30)
+    again = stream.mix(parts, 3, seed=1, pack=pack)
+    again.set_state(place)
+    assert contents(again, 30) == following != seen
+    assert contents(stream.mix(parts[::-1], 3, seed=1, pack=pack), 30) != contents(stream.mix(parts, 3, 1, pack), 30)
+
+
+def test_what_is_held_out_of_a_mixture_is_in_no_part(tmp_path):
+    both = [{"prompt": str(i), "completion": "one"} for i in range(10)]
+    parts = [sums(tmp_path, 20), examples(tmp_path, both * 2, "b"), examples(tmp_path, both[:4], "c")]
+    found = stream.index(parts, 12, seed=0)
+    held, training = (
+        [part[int(i)] for part, index in zip(parts, found, strict=True) for i in getattr(index, name)]
+        for name in ("heldout", "training")
+    )
+    questions = {example.question for example in held}
+    assert len(questions) == len(held) == 12 and 0 < sum("+" in question for question in questions) < 12
+    everything = [example for part in parts for example in part]
+    assert [e.name for e in training] == [e.name for e in everything if e.question not in questions]
+    assert len({index.digest for index in found}) == 3
+
+
 def test_parts_are_the_whole(tmp_path):
     some = sums(tmp_path)
     parts = [stream.iterate(streamed(some), 4, seed=0, part=part) for part in (slice(0, 1), slice(1, 4))]
@@ -113,26 +149,27 @@ def test_nothing_held_out_is_trained_on(tmp_path):
     chats = [{"messages": [{**ask, "content": str(i % 20)}, say]} for i in range(60)]
     chats += [{"messages": [{**ask, "content": str(i)}, say, ask, say]} for i in range(20)]
     some = examples(tmp_path, chats)
-    found = stream.index(some, 5, seed=0)
+    (found,) = stream.index([some], 5, seed=0)
     held, training = ([some[int(i)] for i in places] for places in (found.heldout, found.training))
     assert len(held) == 5 == len({example.question for example in held})
     exercises = {question for example in held for question in example.questions}
     assert not any(example.questions & exercises for example in training)
     rest = [e for e in map(some.__getitem__, range(len(some))) if not e.questions & exercises]
     assert [e.name for e in rest] == [e.name for e in training] and 0 < len(rest) < 75
-    elsewhere = stream.index(some, 0, 0, held)
+    (elsewhere,) = stream.index([some], 0, 0, held)
     assert elsewhere.heldout.size == 0 and elsewhere.training.tolist() == found.training.tolist()
-    assert len(stream.index(some, 0, 0).training) == len(some)
-    assert found.heldout.tolist() != stream.index(some, 5, seed=1).heldout.tolist()
-    assert found.digest == stream.index(some, 5, seed=0).digest != stream.index(sums(tmp_path), 5, seed=0).digest
+    assert len(stream.index([some], 0, 0)[0].training) == len(some)
+    assert found.heldout.tolist() != stream.index([some], 5, seed=1)[0].heldout.tolist()
+    again, other = (stream.index([x], 5, seed=0)[0].digest for x in (some, examples(tmp_path, chats[:-1], "y")))
+    assert found.digest == again != other
     with pytest.raises(ValueError, match="40 different questions are too few to hold out 40"):
-        stream.index(examples(tmp_path, chats), 40, seed=0)
+        stream.index([examples(tmp_path, chats)], 40, seed=0)
 
 
 def test_a_broken_record_is_found_before_training(tmp_path):
     some = examples(tmp_path, [{"prompt": "a", "completion": "b"}] * 5 + [{"prompt": "a"}])
     with pytest.raises(ValueError, match=r"x.jsonl:6: no text 'completion'"):
-        stream.index(some, 1, seed=0)
+        stream.index([some], 1, seed=0)
 
 
 @pytest.mark.slow

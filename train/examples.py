@@ -133,44 +133,47 @@ def _in_memory(config: Config, format: chat.Format, context: int) -> Data:
 def _streamed(config: Config, format: chat.Format, context: int) -> Data:
     settings = config.data
     length = settings.length
-    if not length or settings.mixture:
-        what = "takes one source, without config.data.mixture" if settings.mixture else "needs config.data.length"
-        raise ValueError(f"config.data.stream {what}: what is not read yet has no longest example and no rows to mix")
-    examples = sources.Examples(sources.records(settings.source), columns(config))
+    if not length:
+        raise ValueError("config.data.stream needs config.data.length: what is not read yet has no longest example")
+    weights = {settings.source: 1.0, **dict(settings.mixture)}
+    parts = [sources.Examples(sources.records(source), columns(config)) for source in weights]
     more = _more(config)
     apart = [example for part in more.values() for example in part]
     if settings.heldout_source:
         held = sources.load(settings.heldout_source, columns(config))[: settings.heldout]
-        index = stream.index(examples, 0, config.seed, held + apart)
+        found = stream.index(parts, 0, config.seed, held + apart)
     else:
-        index = stream.index(examples, settings.heldout, config.seed, apart)
-        held = [examples[int(i)] for i in index.heldout]
+        found = stream.index(parts, settings.heldout, config.seed, apart)
+        held = [part[int(i)] for part, index in zip(parts, found, strict=True) for i in index.heldout]
     held_kept, _ = fit(held, packing.tokenize(format, held), length, settings.truncate)
-    streamed = stream.Stream(examples, index.training, format, length, settings.truncate)
-    first = [examples[int(i)] for i in index.training[: stream.LOOK]]
-    tokens, long = fit(first, packing.tokenize(format, first), length, settings.truncate)
-    if not tokens or not held_kept:
-        raise ValueError(f"{settings.source}: every example is longer than config.data.length={length} tokens")
-    checks.refuse(format, tokens, index.texts)
-    print(
-        f"{settings.source}: {len(index.training):,} {held[0].format} to train on, read as they are needed, "
-        f"{len(held_kept):,} held out (no question of these is trained on), up to {length} tokens"
-    )
-    if long:
-        print(
-            f"{len(long):,} of the first {len(first):,} examples are longer than {length} tokens; such are left out "
-            "(config.data.length and config.data.truncate decide)"
-        )
-    order = f"{config.seed} {config.batch_size} {length} {settings.pack}"
+    streams, looked = [], []
+    for source, part, index in zip(weights, parts, found, strict=True):
+        streams.append((stream.Stream(part, index.training, format, length, settings.truncate), weights[source]))
+        first = [part[int(i)] for i in index.training[: stream.LOOK]]
+        tokens, long = fit(first, packing.tokenize(format, first), length, settings.truncate)
+        if not tokens or not held_kept:
+            raise ValueError(f"{source}: every example is longer than config.data.length={length} tokens")
+        checks.refuse(format, tokens, index.texts)
+        print(f"{source}: {len(index.training):,} {first[0].format} to train on, read as they are needed")
+        if long:
+            print(
+                f"{len(long):,} of the first {len(first):,} examples are longer than {length} tokens; such are left "
+                "out (config.data.length and config.data.truncate decide)"
+            )
+        looked += tokens
+    print(f"{len(held_kept):,} held out (no question of these is trained on), up to {length} tokens")
+    mixture = f" {list(weights.items())}" if settings.mixture else ""
+    order = f"{config.seed} {config.batch_size} {length} {settings.pack}{mixture}"
+    content = " ".join(index.digest for index in found)
     return Data(
-        lambda batch_size, seed: stream.iterate(streamed, batch_size, seed, settings.pack, hosts.part(batch_size)),
-        packing.rows(tokens, length),
+        lambda batch_size, seed: stream.mix(streams, batch_size, seed, settings.pack, hosts.part(batch_size)),
+        packing.rows(looked, length),
         length,
-        tokens,
+        looked,
         packing.rows(held_kept, length, settings.pack),
         _asked(config, format, held, held_kept, context),
         length,
-        hashlib.sha256(f"{order} {index.digest}".encode()).hexdigest()[:16],
+        hashlib.sha256(f"{order} {content}".encode()).hexdigest()[:16],
         _sets(config, format, more, length, context),
     )
 

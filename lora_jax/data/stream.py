@@ -37,37 +37,40 @@ class Index(NamedTuple):
 
 
 def index(
-    examples: sources.Examples,
+    parts: Sequence[sources.Examples],
     heldout: int,
     seed: int,
     elsewhere: Sequence[kinds.Kind] = (),
     log: Callable[[str], None] = print,
-) -> Index:
+) -> list[Index]:
     """Reads every example once and draws those to hold out; no training example has an exercise of these in it.
 
     Args:
-      examples: of a source.
-      heldout: how many to hold out, all with different questions.
+      parts: the examples of each source.
+      heldout: how many to hold out of all together, with different questions.
       seed: of the draw.
       elsewhere: examples of another source that are held out too.
       log: told what is left out.
 
     Returns:
-      The index: 8 bytes for an example and 16 for every question in it.
+      The index of each source, from 18 bytes for an example and 16 for every question in it.
 
     Raises:
       ValueError: if a record is broken, or fewer than `heldout` + 1 questions are different.
     """
-    places, questions, owners, exercises = array.array("q"), array.array("Q"), array.array("q"), array.array("Q")
-    content, texts = hashlib.sha256(), False
-    for place, example in sources.distinct(examples, log):
-        places.append(place)
-        questions.append(_hash(seed, example.question))
-        for question in example.questions:
-            owners.append(len(places) - 1)
-            exercises.append(_hash(seed, question))
-        content.update(repr(example[1:]).encode())
-        texts = example.text is not None
+    numbers, places, questions = array.array("H"), array.array("q"), array.array("Q")
+    owners, exercises = array.array("q"), array.array("Q")
+    contents, texts = [hashlib.sha256() for _ in parts], [False] * len(parts)
+    for number, examples in enumerate(parts):
+        for place, example in sources.distinct(examples, log):
+            numbers.append(number)
+            places.append(place)
+            questions.append(_hash(seed, example.question))
+            for question in example.questions:
+                owners.append(len(places) - 1)
+                exercises.append(_hash(seed, question))
+            contents[number].update(repr(example[1:]).encode())
+            texts[number] = example.text is not None
     all_, drawn = np.unique(np.array(questions, np.uint64), return_index=True)  # in the order of the hashes: shuffled
     if len(all_) <= heldout:
         raise ValueError(f"{len(all_)} different questions are too few to hold out {heldout}")
@@ -77,8 +80,11 @@ def index(
     same = np.zeros(len(places), bool)
     others = np.array([_hash(seed, question) for e in elsewhere for question in e.questions], np.uint64)
     same[owner[np.isin(exercise, np.concatenate([exercise[held[owner]], others]))]] = True
-    place = np.array(places, np.int64)
-    return Index(place[~same], place[held], texts, content.hexdigest()[:16])
+    place, source = np.array(places, np.int64), np.array(numbers)
+    return [
+        Index(place[~same & own], place[held & own], texts[i], contents[i].hexdigest()[:16])
+        for i, own in enumerate(source == number for number in range(len(parts)))
+    ]
 
 
 class Stream:
@@ -124,31 +130,45 @@ class _Each(grain.experimental.FlatMapTransform):
 def iterate(
     stream: Stream, batch_size: int, seed: int, pack: bool = False, part: slice = slice(None)
 ) -> Iterator[packing.Batch]:
-    """Endless batches, shuffled anew in every pass over the examples.
+    """Endless batches, shuffled anew in every pass over the examples; else as `mix`."""
+    return mix([(stream, 1.0)], batch_size, seed, pack, part)
+
+
+def mix(
+    parts: Sequence[tuple[Stream, float]], batch_size: int, seed: int, pack: bool = False, part: slice = slice(None)
+) -> Iterator[packing.Batch]:
+    """Endless batches of several streams' rows, each shuffled anew in every pass over it.
 
     Args:
-      stream: of examples.
+      parts: streams of rows of one length, and how often a row of one comes, relative to those of the others.
       batch_size: B.
       seed: of the order.
-      pack: put several examples into a row, each where it leaves the least room, `BINS` rows at a time.
+      pack: put several examples of a stream into a row, each where it leaves the least room, `BINS` rows at a time.
       part: the rows of each batch to give, as for `packing.iterate`. What is in a row depends on those before it, so
         that all examples are read to make any part of the batches.
 
     Returns:
       A Grain iterator: its `get_state()` and `set_state(...)` remember and restore the place.
     """
+    datasets = [_rows(stream, seed + i, pack) for i, (stream, _) in enumerate(parts)]
+    dataset = datasets[0]
+    if len(parts) > 1:
+        dataset = grain.IterDataset.mix(datasets, [weight for _, weight in parts])
+    return iter(dataset.batch(batch_size, drop_remainder=True).map(lambda batch: _named(batch, part)))
+
+
+def _rows(stream: Stream, seed: int, pack: bool) -> grain.IterDataset:
     examples = grain.MapDataset.source(stream).seed(seed).shuffle().repeat()
     pieces = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
     pieces = grain.experimental.FlatMapIterDataset(pieces, _Each())
     lengths = dict.fromkeys(("tokens", "targets", "weights"), stream.length)
-    rows = grain.experimental.BestFitPackIterDataset(
+    return grain.experimental.BestFitPackIterDataset(
         pieces,
         length_struct=lengths,
         num_packing_bins=BINS if pack else 1,
         max_sequences_per_bin=None if pack else 1,
         seed=seed,
     )
-    return iter(rows.batch(batch_size, drop_remainder=True).map(lambda batch: _named(batch, part)))
 
 
 def _named(batch: dict[str, Any], part: slice) -> packing.Batch:
