@@ -99,9 +99,28 @@ def test_one_that_is_not_installed_is_named_before_training(package, title, monk
         settings.check(config)
 
 
+@pytest.mark.parametrize(("package", "fake"), [("wandb", FakeWandB), ("mlflow", FakeMLflow)])
+def test_one_that_fails_says_so_in_one_error(package, fake, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no server answers")
+
+    said = rf"config.log.{package}: .*: no server answers"
+    monkeypatch.setitem(sys.modules, package, fake())
+    one = record(tmp_path, {package: "sums"})
+    for name in ("log", "log_metrics"):
+        monkeypatch.setattr(sys.modules[package], name, broken, raising=False)
+    with pytest.raises(OSError, match=said):
+        one.metrics(1, loss=1.0)
+    for name in ("init", "set_experiment"):
+        monkeypatch.setattr(sys.modules[package], name, broken, raising=False)
+    with pytest.raises(OSError, match=said):
+        record(tmp_path, {package: "sums"})
+
+
 def test_the_real_mlflow(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())  # mlflow-skinny has no database
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for step in (1, 2):
         one = record(tmp_path, {"mlflow": "sums"}, step - 1)
         one.metrics(step, **{"heldout_loss/dev": float(step)})

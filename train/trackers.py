@@ -1,8 +1,10 @@
 """Where metrics are shown besides the run's own files: TensorBoard, and on request Weights & Biases or MLflow."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,11 +33,17 @@ def start(config: dict[str, Any], folder: Path, step: int) -> list[Tracker]:
       config: resolved; `log.wandb` is a project and `log.mlflow` an experiment, or empty.
       folder: of the run; it exists. A run that goes on is the same run there.
       step: where the run goes on.
+
+    Raises:
+      OSError: one of them cannot begin: nobody is logged in, or its server or its files do not answer.
     """
     log = config["log"]
     made: list[Tracker] = [TensorBoard(folder, step)]
-    made += [WandB(log["wandb"], config, folder)] if log["wandb"] else []
-    return made + ([MLflow(log["mlflow"], config, folder)] if log["mlflow"] else [])
+    for package, kind in (("wandb", WandB), ("mlflow", MLflow)):
+        if log[package]:
+            with _named(package):
+                made.append(kind(log[package], config, folder))
+    return made
 
 
 def check(log: dict[str, str]) -> None:
@@ -43,6 +51,14 @@ def check(log: dict[str, str]) -> None:
     for package, title in PACKAGES.items():
         if log[package] and importlib.util.find_spec(package) is None:
             raise ValueError(f"config.log.{package}={log[package]!r}: {title} is not here; pip install {package}")
+
+
+@contextlib.contextmanager
+def _named(package: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each package has its own
+        raise OSError(f"config.log.{package}: {PACKAGES[package]}: {error}") from error
 
 
 class TensorBoard:
@@ -72,7 +88,8 @@ class WandB:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Shows the numbers of a step."""
-        self._run.log(values, step=step)
+        with _named("wandb"):
+            self._run.log(values, step=step)
 
     def close(self) -> None:
         """Sends what is still held back."""
@@ -94,7 +111,8 @@ class MLflow:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Shows the numbers of a step."""
-        self._mlflow.log_metrics(values, step=step)
+        with _named("mlflow"):
+            self._mlflow.log_metrics(values, step=step)
 
     def close(self) -> None:
         """Sends what is still held back."""
