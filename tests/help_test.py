@@ -35,9 +35,9 @@ def test_meanings_are_those_of_the_group():
 
 @pytest.mark.slow
 def test_on_the_command_line():
-    def run(*flags):
+    def run(*flags, script="sft"):
         return subprocess.run(
-            [sys.executable, "-m", "train.sft", *flags],
+            [sys.executable, "-m", f"train.{script}", *flags],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -52,3 +52,8 @@ def test_on_the_command_line():
     assert [line.split()[1] for line in steps] == ["100", "60"]  # the file's own
     missing = run("--config=configs/none.py", "--help")
     assert missing.returncode == 1 and missing.stderr.strip().endswith("error: configs/none.py: no such config file")
+    assert "\n--coordinator " in plain.stdout
+    # What a script has of flags is there too, wherever it comes from.
+    for script, flags in {"plan": ["config.mesh", "topology", "tokens"], "export": ["format", "run", "base"]}.items():
+        said = run("--help", script=script).stdout
+        assert all(f"\n--{flag} " in said for flag in flags), said

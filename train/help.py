@@ -1,10 +1,12 @@
-"""What `--help` prints: every setting with its value and its meaning."""
+"""What `--help` prints: every setting and flag with its value and its meaning."""
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from train import config as settings
@@ -23,9 +25,19 @@ def text(script: str, defaults: Callable[[], Any], config: Any) -> str:
     """
     explained = meanings(inspect.getsource(settings), inspect.getsource(inspect.getmodule(defaults)))
     rows = [(f"--config.{name}", _short(value), _find(explained, name)) for name, value in keys(config)]
-    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    lines = [f"{name:<{first}}  {value:<{second}}  {meaning}".rstrip() for name, value, meaning in rows]
-    return "\n".join([script.strip(), "", "Settings, as --config.NAME=VALUE:", "", *lines])
+    return "\n".join([script.strip(), "", "Settings, as --config.NAME=VALUE:", "", *_table(rows)])
+
+
+def own_flags(modules: Sequence[str]) -> str:
+    """The help of the flags that a script has besides settings; "" where it has none.
+
+    Args:
+      modules: that define them, besides the script itself.
+    """
+    known = flags.FLAGS.flags_by_module_dict()
+    found = [flag for name in (sys.argv[0], *modules) for flag in known.get(name, ()) if flag.name != "config"]
+    rows = [(f"--{flag.name}", _short(flag.default), flag.help) for flag in found]
+    return "\n".join(["Flags, as --NAME=VALUE:", "", *_table(rows)]) if rows else ""
 
 
 def keys(config: Any, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -53,6 +65,11 @@ def meanings(*sources: str) -> dict[str, str]:
         elif match := re.match(r'\s*"(\w+)": .*,  # (.*)', line):
             found[group + match[1]] = match[2]
     return found
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return [f"{name:<{first}}  {value:<{second}}  {meaning}".rstrip() for name, value, meaning in rows]
 
 
 def _find(explained: dict[str, str], name: str) -> str:

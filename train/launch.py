@@ -30,7 +30,7 @@ def run(main: Callable[[Any], None], defaults: Callable[[], Config] | None = Non
 
     Args:
       main: of the script.
-      defaults: makes the script's settings, for `--help`.
+      defaults: makes the script's settings, for `--help`; None if it has flags alone.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -84,8 +84,10 @@ def _parse(defaults: Callable[[], Config] | None, argv: list[str]) -> list[str]:
         fail(ValueError("no config; give one, such as --config=configs/quickstart.py"))
     if file is not None and not Path(file).is_file():
         fail(FileNotFoundError(f"{file}: no such config file"))
-    if asked and defaults:
-        print(help.text(sys.modules["__main__"].__doc__ or "", defaults, _alone(file) if file else defaults()))
+    if asked:
+        script = sys.modules["__main__"].__doc__ or ""
+        text = help.text(script, defaults, _alone(file) if file else defaults()) if defaults else script.strip()
+        print("\n\n".join(filter(None, [text, help.own_flags(["train.hosts"] if defaults else ["train.source"])])))
         sys.exit()
     try:
         return flags.FLAGS(argv)
