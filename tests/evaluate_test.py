@@ -139,7 +139,7 @@ def test_mistakes(model, tmp_path):
         loop.write(tmp_path / folder / loop.CONFIG, json.dumps(config))
     mistakes = {
         "neither the folder of a run": lambda: list(evaluate._candidates(m, [tmp_path / "empty"])),
-        "not the folder of a run": lambda: evaluate.base("", [tmp_path / "empty"]),
+        "nor a PEFT adapter": lambda: evaluate.base("", [tmp_path / "empty"]),
         "trained with model='n'": lambda: evaluate.base("", [tmp_path / "a", tmp_path / "b"]),
         "reward 'nonsense' is not one of": lambda: measures.make("nonsense", asked(tmp_path, SUMS), m, FORMAT),
         "not multiple choices": lambda: measures.make("choice", asked(tmp_path, SUMS), m, FORMAT),
