@@ -4,7 +4,7 @@
     python -m benchmarks.e2e --config=configs/e2e.py --multiple=0.33 --multiple=1 --multiple=3
 
 Trains each method at multiples of its own learning rate, and answers every table of the test set once, greedily, with
-what the last step left. BLEU is sacrebleu's, of the corpus, against all references of a table. The base, untrained, is
+its best checkpoint. BLEU is sacrebleu's, of the corpus, against all references of a table. The base, untrained, is
 a row of its own. Writes the result after each row, and goes on from what is there.
 """
 
