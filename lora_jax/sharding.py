@@ -206,6 +206,36 @@ def adapter_places(
     return {path: place(path, adapter) for path, adapter in adapters.items()}
 
 
+def divided(arrays: Tree, places: Tree) -> Tree:
+    """Where arrays that compute at `places` are kept until then: divided along every axis of the mesh.
+
+    One that does not divide an array yet divides the largest of its axes that it can, or none where it can none; those
+    of many devices come first.
+
+    Args:
+      arrays: anything with shapes.
+      places: of each, a `NamedSharding`.
+
+    Returns:
+      A tree of `NamedSharding`.
+    """
+
+    def one(array: Any, place: NamedSharding) -> NamedSharding:
+        mesh, left = place.mesh, list(place.shard_shape(array.shape))
+        along = [names if isinstance(names, tuple) else (names,) if names else () for names in place.spec]
+        along += [()] * (len(left) - len(along))
+        used = {name for names in along for name in names}
+        for name, parts in sorted(mesh.shape.items(), key=lambda item: -item[1]):
+            fitting = [axis for axis, size in enumerate(left) if size % parts == 0]
+            if parts > 1 and name not in used and fitting:
+                axis = max(fitting, key=left.__getitem__)
+                along[axis] += (name,)
+                left[axis] //= parts
+        return NamedSharding(mesh, PartitionSpec(*(names or None for names in along)))
+
+    return jax.tree.map(one, arrays, places)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """Where a batch is: its rows divided along every axis of the mesh that does not divide a row's own computation."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
