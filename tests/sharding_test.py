@@ -122,9 +122,11 @@ def test_adapters_inherit_from_their_weights(key, method):
 @pytest.mark.parametrize(
     ("shape", "spec", "sizes", "kept"),
     [
-        ((2, 128, 4), P(), {"fsdp": 8}, P(None, "fsdp", None)),
+        ((16, 128, 4), P(), {"fsdp": 8}, P("fsdp", None, None)),
         ((2, 128, 4), P(None, "tensor"), {"tensor": 2, "data": 4}, P(None, ("tensor", "data"), None)),
-        ((2, 64, 48, 4), P(), {"data": 2, "fsdp": 64, "tensor": 3}, P(None, "fsdp", ("tensor", "data"), None)),
+        ((2, 64, 48, 4), P(), {"data": 2, "fsdp": 64, "tensor": 3}, P("data", "fsdp", "tensor", None)),
+        ((8, 64, 4), P(), {"data": 2, "fsdp": 4}, P(("data", "fsdp"), None, None)),
+        ((2, 64, 4), P(), {"data": 2, "fsdp": 4}, P(None, ("data", "fsdp"), None)),
         ((6, 128, 4), P("expert"), {"expert": 3, "data": 128}, P("expert", "data", None)),
         ((3, 5), P(), {"fsdp": 2}, P(None, None)),
         ((), P(), {"fsdp": 2}, P()),
