@@ -148,6 +148,6 @@ def assert_lean(step):
     # A layer's gradient at a time, within the loop over layers, or all at once behind it.
     layers = jax.tree.leaves(step.adapters)[0].shape[0]
     summed = lora.count(step.adapters)
-    assert step.gathered_whole() == summed
+    assert summed - 64 <= step.gathered_whole() <= summed  # a router's small factor stays whole
     assert summed // layers <= step.total("all-reduce") <= summed + 64
     assert summed < lora.count(step.params) / 5
