@@ -149,7 +149,7 @@ def test_each_device_keeps_its_part_of_what_is_trained(folder, experts, line):
     held, places = {}, []
     for divide in (True, False):
         context, config = on(line, model=str(experts if "expert" in line else folder))
-        config.sharding.divide = divide
+        config.sharding.divide, config.lora.rank = divide, 4
         with context:
             m = methods.load(config, jnp.dtype("float32"))
             _, adapters, gather = placing.started(config, m.config, *methods.start(jax.random.key(0), config, m))
