@@ -96,12 +96,12 @@ def write(result: dict) -> None:
 
 
 def between(case: Case) -> tuple[str, str, str, str]:
-    """What stays on a chip between two steps, against the base: factors on every chip, and following their weights."""
+    """What stays on a chip between two steps, against the base: factors divided, and whole on every chip."""
     where = topology.get(case.topology)
     mesh, ratios = sharding.mesh(case.line, where.devices), []
-    for follow in (("stacked",), ("stacked", "inp", "out")):
+    for divide in (True, False):
         config = scale.get_config()
-        config.model, config.sharding.follow = case.model, follow
+        config.model, config.sharding.divide = case.model, divide
         parts = programs.state(config, architectures.decoder(case.model), mesh, jnp.bfloat16)
         base = programs.bytes_per_chip(parts["base"])
         ratios.append(f"{programs.bytes_per_chip(parts) / base:.3f}")

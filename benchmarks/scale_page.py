@@ -12,9 +12,9 @@ HEAD = """# Large models on chips, before they are rented
 What a training step takes of each chip, by the chip's own compiler: the step that `train/sft.py` runs, compiled on a
 CPU for chips that are not there. `python benchmarks/scale.py` compiles what is missing in
 `benchmarks/results/scale.json` and writes this page. Rows are of {length:,} tokens, packed, {rows}; LoRA is of rank
-16 on all linear weights, its factors and moments float32 on every chip; the base is bfloat16, its weights divided
-over the mesh; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run: `python
--m train.plan --config=configs/scale.py --topology=v5e:4x4`.
+16 on all linear weights, its factors and moments float32, divided over the mesh; the base is bfloat16, its weights
+divided over it too; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run:
+`python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
 
 GiB on each chip. "Kept" is what the backward pass needs of the forward pass, "other" what else comes and goes.
 """
@@ -22,8 +22,8 @@ BETWEEN = """
 ## Between two steps
 
 The base, the factors and their moments, against the base alone, as sampling has it: bytes on each chip, by
-arithmetic. Factors that follow their weights (`sharding.follow`) are divided along the axes that they share with
-them.
+arithmetic. Factors and moments are divided over the mesh and gathered once in a step, or whole on every chip
+(`sharding.divide=False`).
 """
 BESIDE = """
 ## Beside sampling and full fine-tuning
@@ -71,7 +71,7 @@ def text(result: Mapping[str, Any]) -> str:
                 [_sizes(row) for row in sorted(alike, key=lambda row: (row["model"], row["topology"]))],
             ),
             BETWEEN,
-            markdown(("model", "chips", "factors on every chip", "factors follow their weights"), result["between"]),
+            markdown(("model", "chips", "divided", "on every chip"), result["between"]),
             BESIDE.format(**said),
             markdown(("model", "chips", "LoRA / sampling", "LoRA / full"), list(_beside(alike, every))),
             TIERS,

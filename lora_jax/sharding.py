@@ -206,6 +206,40 @@ def adapter_places(
     return {path: place(path, adapter) for path, adapter in adapters.items()}
 
 
+def divided(arrays: Tree, places: Tree) -> Tree:
+    """Where arrays that compute at `places` are kept until then: divided along every axis of the mesh.
+
+    Those that do not divide an array yet divide the first of its axes that they can: together, which is one gather, or
+    else each, the largest first; one that can divide none is left out. A TPU pads the last axes: they come last.
+
+    Args:
+      arrays: anything with shapes.
+      places: of each, a `NamedSharding`.
+
+    Returns:
+      A tree of `NamedSharding`.
+    """
+
+    def fits(names: Sequence[str], sizes: Sequence[int], mesh: Mesh) -> list[int]:
+        parts = math.prod(mesh.shape[name] for name in names)
+        return [axis for axis, size in enumerate(sizes) if size % parts == 0]
+
+    def one(array: Any, place: NamedSharding) -> NamedSharding:
+        mesh, left = place.mesh, list(place.shard_shape(array.shape))
+        along = [names if isinstance(names, tuple) else (names,) if names else () for names in place.spec]
+        along += [()] * (len(left) - len(along))
+        used = {name for names in along for name in names}
+        free = tuple(name for name, size in mesh.shape.items() if size > 1 and name not in used)
+        each = [(name,) for name in sorted(free, key=mesh.shape.__getitem__, reverse=True)]
+        for names in [free] if fits(free, left, mesh) else each:
+            for axis in fits(names, left, mesh)[:1]:
+                along[axis] += names
+                left[axis] //= math.prod(mesh.shape[name] for name in names)
+        return NamedSharding(mesh, PartitionSpec(*(names or None for names in along)))
+
+    return jax.tree.map(one, arrays, places)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """Where a batch is: its rows divided along every axis of the mesh that does not divide a row's own computation."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

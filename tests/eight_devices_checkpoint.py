@@ -12,14 +12,17 @@ from lora_jax import checkpoint, sharding
 
 SPECS = {"q": {"a": P("fsdp", None), "b": P("tensor", None)}, "o": {"a": P("tensor", None), "b": P("fsdp", None)}}
 TX = optax.adam(1e-3)
+LINES = ("kept data=4,fsdp=2", "fsdp=8", "fsdp=2,tensor=4", "data=8")
 
 
 def on(line):
-    """Where adapters are on a mesh, or for "" on one device."""
+    """Where adapters are on a mesh, for "kept" before its line as runs keep them, or for "" on one device."""
     if not line:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[3]), SPECS)
-    mesh = sharding.mesh(line)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    mesh = sharding.mesh(line.removeprefix("kept "))
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    arrays = jax.tree.map(lambda _: jax.ShapeDtypeStruct((64, 4), jnp.float32), places)
+    return sharding.divided(arrays, places) if line.startswith("kept ") else places
 
 
 def state(step, line, seed):
@@ -38,13 +41,13 @@ def state(step, line, seed):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     with checkpoint.Checkpoints(folder, {"base": "abc"}) as checkpoints:
-        checkpoints.save(state(7, "fsdp=8", 0))
+        checkpoints.save(state(7, "kept data=4,fsdp=2", 0))
     return folder
 
 
-@pytest.mark.parametrize("line", ["fsdp=8", "tensor=2,data=4", "fsdp=2,tensor=4", "data=8", ""])
+@pytest.mark.parametrize("line", ["fsdp=8", "kept tensor=2,data=4", "fsdp=2,tensor=4", "data=8", ""])
 def test_it_goes_on_where_the_new_state_is(saved, line):
-    like, want = state(0, line, 1), state(7, "fsdp=8", 0)
+    like, want = state(0, line, 1), state(7, "kept data=4,fsdp=2", 0)
     back = checkpoint.Checkpoints(saved, {"base": "abc"}).restore(like)
     assert (back.step, back.progress) == (7, {"next": 7})
     for got, place, value in zip(*map(jax.tree.leaves, (back[1:3], like[1:3], want[1:3])), strict=True):
@@ -55,12 +58,12 @@ def test_it_goes_on_where_the_new_state_is(saved, line):
 
 
 def test_it_was_divided_when_it_was_saved():
-    """Partner of the above: eight devices had a part each, and two of them two."""
+    """Partner of the above: eight devices had a part each, as two of the others have, one of them two."""
 
     def parts(line):
         return {shard.data.shape for shard in state(0, line, 0).trainable["q"]["a"].addressable_shards}
 
-    assert [parts(line) for line in ("fsdp=8", "fsdp=2,tensor=4", "data=8")] == [{(8, 4)}, {(32, 4)}, {(64, 4)}]
+    assert [parts(line) for line in LINES] == [{(8, 4)}, {(8, 4)}, {(32, 4)}, {(64, 4)}]
 
 
 def test_it_is_copied_before_the_next_step_takes_its_memory(tmp_path):

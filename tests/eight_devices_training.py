@@ -93,8 +93,11 @@ def test_other_trainers_too(folder, tmp_path, trainer, quick, monkeypatch):
     np.testing.assert_allclose(trained("mesh", mesh="fsdp=4,tensor=2"), trained("one"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("line", ["fsdp=8", "data=2,fsdp=2,tensor=2", "expert=4,data=2"])
-def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts, line, quick):
+@pytest.mark.parametrize(
+    ("line", "quantize"),
+    [("fsdp=8", ""), ("data=2,fsdp=2,tensor=2", ""), ("expert=4,data=2", ""), ("data=4,fsdp=2", "nf4")],
+)
+def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts, line, quantize, quick):
     model = experts if "expert" in line else folder
     rng = np.random.default_rng(0)
     lengths = [5, 12, 20, 7, 11, 3, 9, 16] * 2
@@ -113,15 +116,15 @@ def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts
             on(line) if line else (jax.set_mesh(sharding.mesh("", jax.devices()[:1])), sft_test.settings.sft())
         )
         with context:
-            config.model = str(model)
+            config.model, config.quantize = str(model), quantize
             m = methods.load(config, jnp.dtype("float32"))
             config.lora.rank, tx = 4, optax.sgd(1.0)
-            base, adapters = placing.started(config, m.config, *methods.start(jax.random.key(0), config, m))
+            base, adapters, gather = placing.started(config, m.config, *methods.start(jax.random.key(0), config, m))
             adapters = jax.tree.map(lambda x: x + 0.01, adapters)
             before = jax.tree.map(np.array, adapters)
             nll = functools.partial(objective.negative_log_likelihood, shape=m.config, **{"learned": 9, **options})
             kept = placing.kept(adapters, tx.init(adapters))
-            step = update.make_update(methods.applied(nll), methods.runner(config, m), tx, accumulate, kept)
+            step = update.make_update(methods.applied(nll), methods.runner(config, m), tx, accumulate, kept, gather)
             new, _, numbers = step(adapters, tx.init(adapters), base, batch, jax.random.key(0))
             assert jax.tree.map(lambda x: x.sharding, new) == kept[0]
         return jax.tree.map(lambda old, new: old - np.asarray(new), before, new), float(numbers["loss"])
@@ -138,6 +141,25 @@ def test_padded_packed_and_accumulated_updates_are_the_plain_one(folder, experts
     same(moved(rows(pack=True), line, packed=True, learned=24), plain)
     others = jax.tree.map(lambda x: x[:8], rows())
     assert abs(moved(others, line)[1] - plain[1]) > 1e-3
+
+
+@pytest.mark.parametrize("line", ["fsdp=8", "data=2,fsdp=2,tensor=2", "expert=4,data=2"])
+def test_each_device_keeps_its_part_of_what_is_trained(folder, experts, line):
+    """The factors and Adam's two moments, in four bytes each; undivided, about twice as much or more."""
+    held, places = {}, []
+    for divide in (True, False):
+        context, config = on(line, model=str(experts if "expert" in line else folder))
+        config.sharding.divide, config.lora.rank = divide, 4
+        with context:
+            m = methods.load(config, jnp.dtype("float32"))
+            _, adapters, gather = placing.started(config, m.config, *methods.start(jax.random.key(0), config, m))
+            state = adapters, optax.adam(1e-3).init(adapters)
+            held[divide] = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+            places.append(jax.tree.map(lambda x: x.sharding, gather(adapters)))
+            jax.tree.map(np.testing.assert_array_equal, gather(adapters), adapters)
+    assert places[0] == places[1] == jax.tree.map(lambda x: x.sharding, adapters)
+    assert held[True] == pytest.approx(3 * 4 * lora.count(adapters) / 8, rel=0.01)
+    assert held[False] > 1.9 * held[True]  # experts' factors are where the experts are, on four devices
 
 
 @pytest.mark.parametrize(
@@ -202,16 +224,24 @@ def test_quantised_bases_too():
 
 def test_each_policy_exchanges_what_it_says():
     """Without a policy's word for it nothing of the adapters is gathered; with, that is."""
-    dense = functools.partial(mesh_steps.compiled, mesh_steps.DENSE)
+    dense = functools.partial(mesh_steps.compiled, mesh_steps.DENSE, divide=False)
     assert not dense("fsdp=4,tensor=2").gathered() & dense("fsdp=4,tensor=2").adapter_sizes()
     for follow in (("stacked",), ("stacked", "inp", "out")):
         step = dense("fsdp=4,tensor=2", follow=follow)
         assert step.gathered() - step.base_shards() <= step.adapter_sizes()
         assert step.gathered() & step.adapter_sizes()
-    experts = mesh_steps.compiled(mesh_steps.MOE, "expert=4,data=2")
+    experts = mesh_steps.compiled(mesh_steps.MOE, "expert=4,data=2", divide=False)
     assert experts.gathered() & experts.adapter_sizes()  # of experts, as their weights
 
 
+def test_adapters_are_gathered_once_where_they_are_divided():
+    """In parts too; where they are not divided, nothing of them is gathered, and as much is summed."""
+    divided, whole = (mesh_steps.compiled(mesh_steps.DENSE, "fsdp=8", accumulate=2, divide=x) for x in (True, False))
+    mesh_steps.assert_lean(divided)
+    assert whole.gathered_whole() == 0 and whole.gathered() == divided.gathered()
+    assert whole.total("all-reduce") == pytest.approx(divided.total("all-reduce"), abs=32)
+
+
 def test_without_the_decoders_constraints_xla_gathers_adapters():
-    step = mesh_steps.compiled(mesh_steps.DENSE, "fsdp=8", constrained=False)
+    step = mesh_steps.compiled(mesh_steps.DENSE, "fsdp=8", constrained=False, divide=False)
     assert step.gathered() & step.adapter_sizes() and step.total("all-reduce") > 10 * lora.count(step.adapters)

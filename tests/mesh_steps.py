@@ -30,6 +30,7 @@ class Compiled(NamedTuple):
     specs: dict
     adapters: dict
     mesh: jax.sharding.Mesh
+    computing: dict
 
     def base_shards(self):
         """How many elements a weight, or one layer of it, has where its rows' axes of the mesh are gathered."""
@@ -51,8 +52,18 @@ class Compiled(NamedTuple):
         return sum(math.prod(shape) for shapes in self.found.get(operation, []) for shape in shapes)
 
     def gathered(self):
-        """The numbers of elements of what is gathered."""
-        return {math.prod(shapes[-1]) for shapes in self.found.get("all-gather", [])}
+        """The numbers of elements of what is gathered, but for `gathered_whole`."""
+        return {math.prod(shapes[-1]) for shapes in self.found.get("all-gather", []) if shapes[-1] not in self.whole}
+
+    def gathered_whole(self):
+        """The elements of all that is gathered as adapters compute, with all layers: of each array, if each is once."""
+        return sum(math.prod(shapes[-1]) for shapes in self.found.get("all-gather", []) if shapes[-1] in self.whole)
+
+    @property
+    def whole(self):
+        """The shapes of a device's part of the adapters where they compute."""
+        arrays, places = jax.tree.leaves(self.adapters), jax.tree.leaves(self.computing)
+        return {place.shard_shape(array.shape) for array, place in zip(arrays, places, strict=True)}
 
     def adapter_sizes(self):
         """How many elements an array of the adapters, or one layer of it, has, whole or divided."""
@@ -63,7 +74,16 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compiled(
-    config, line, follow=sharding.FOLLOW, tpu=False, constrained=True, remat="none", chunk=0, accumulate=1, nf4=False
+    config,
+    line,
+    follow=sharding.FOLLOW,
+    tpu=False,
+    constrained=True,
+    remat="none",
+    chunk=0,
+    accumulate=1,
+    nf4=False,
+    divide=True,
 ):
     """A step of Adam, as `train.sft` makes it."""
     devices = None
@@ -82,14 +102,20 @@ def compiled(
     names = keys.axis_names(config)
     known = {name for own in names.values() for name in own.split()}
     specs = sharding.specs(params, names, [rule for rule in sharding.RULES if rule[0] in known], mesh)
-    own = sharding.adapter_places(adapters, specs, mesh, follow)
+    computing = sharding.adapter_places(adapters, specs, mesh, follow)
+    own = sharding.divided(adapters, computing) if divide else computing
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     tx = optax.adam(1e-3)
     moments = jax.eval_shape(tx.init, adapters)
     at = optax.tree_utils.tree_map_params(tx, lambda _, s: s, moments, own, transform_non_params=lambda _: whole)
     nll = functools.partial(objective.negative_log_likelihood, shape=config, learned=8, remat=remat, chunk=chunk)
     step = update.make_update(
-        lora.lift(nll), lambda trained, base, key: lora.attach(base, trained), optax.adam(1e-3), accumulate, (own, at)
+        lora.lift(nll),
+        lambda trained, base, key: lora.attach(base, trained),
+        optax.adam(1e-3),
+        accumulate,
+        (own, at),
+        functools.partial(jax.lax.with_sharding_constraint, shardings=computing),
     )
 
     def put(tree, places):
@@ -112,15 +138,16 @@ def compiled(
     for instruction, _ in hlo.parse(text):
         if match := EXCHANGE.match(instruction.opcode):
             found.setdefault(match[1], []).append(list(instruction.shapes))
-    return Compiled(found, params, specs, adapters, mesh)
+    return Compiled(found, params, specs, adapters, mesh, computing)
 
 
 def assert_lean(step):
-    """Nothing is gathered but the base, and what is summed is the adapters' gradient, and a few numbers."""
+    """Nothing is gathered but the base, and the adapters once; what is summed is their gradient, and a few numbers."""
     assert set(step.found) <= {"all-gather", "all-reduce"}
     assert step.gathered() <= step.base_shards()
     # A layer's gradient at a time, within the loop over layers, or all at once behind it.
     layers = jax.tree.leaves(step.adapters)[0].shape[0]
     summed = lora.count(step.adapters)
+    assert summed - 64 <= step.gathered_whole() <= summed  # a router's small factor stays whole
     assert summed // layers <= step.total("all-reduce") <= summed + 64
     assert summed < lora.count(step.params) / 5

@@ -17,6 +17,7 @@ pytestmark = [
 def test_only_base_shards_are_gathered_and_only_adapters_summed(config):
     step = compiled(config, "fsdp=8", tpu=True)
     assert step.gathered() and step.gathered() <= step.base_shards()
+    assert lora.count(step.adapters) - 64 <= step.gathered_whole() <= lora.count(step.adapters)
     # It sums the scales of norms, filled up with zeros, in place of gathering them.
     norms = 3 * 2 * config.dim
     assert step.total("all-reduce") <= lora.count(step.adapters) + norms + 64
@@ -27,11 +28,12 @@ def test_only_base_shards_are_gathered_and_only_adapters_summed(config):
 def test_adapters_stay_where_they_are_beside_divided_heads():
     step = compiled(DENSE, "fsdp=4,tensor=2", tpu=True)
     assert step.gathered() <= step.base_shards() and not step.gathered() & step.adapter_sizes()
-    asked = compiled(DENSE, "fsdp=4,tensor=2", follow=("stacked",), tpu=True)
-    assert asked.gathered() & compiled(DENSE, "fsdp=4,tensor=2", tpu=True).adapter_sizes()
+    asked = compiled(DENSE, "fsdp=4,tensor=2", follow=("stacked",), tpu=True, divide=False)
+    assert asked.gathered() & step.adapter_sizes()
 
 
 def test_data_parallel_adapters_are_all_that_is_summed():
-    step = compiled(DENSE, "data=8", tpu=True)
-    assert set(step.found) == {"all-reduce"}
+    step, whole = (compiled(DENSE, "data=8", tpu=True, divide=divide) for divide in (True, False))
+    assert set(step.found) == {"all-gather", "all-reduce"} and set(whole.found) == {"all-reduce"}
+    assert not step.gathered() and step.gathered_whole() == lora.count(step.adapters)
     assert step.total("all-reduce") <= lora.count(step.adapters) + 64

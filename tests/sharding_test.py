@@ -119,6 +119,24 @@ def test_adapters_inherit_from_their_weights(key, method):
         assert most.spec == P(*(axis if axis in ("data", "tensor") or first else None for axis in own))
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec", "sizes", "kept"),
+    [
+        ((16, 128, 4), P(), {"fsdp": 8}, P("fsdp", None, None)),
+        ((2, 128, 4), P(None, "tensor"), {"tensor": 2, "data": 4}, P(None, ("tensor", "data"), None)),
+        ((2, 64, 48, 4), P(), {"data": 2, "fsdp": 64, "tensor": 3}, P("data", "fsdp", "tensor", None)),
+        ((8, 64, 4), P(), {"data": 2, "fsdp": 4}, P(("data", "fsdp"), None, None)),
+        ((2, 64, 4), P(), {"data": 2, "fsdp": 4}, P(None, ("data", "fsdp"), None)),
+        ((6, 128, 4), P("expert"), {"expert": 3, "data": 128}, P("expert", "data", None)),
+        ((3, 5), P(), {"fsdp": 2}, P(None, None)),
+        ((), P(), {"fsdp": 2}, P()),
+    ],
+)
+def test_between_steps_every_axis_of_the_mesh_divides_what_it_can(shape, spec, sizes, kept):
+    array, place = jax.ShapeDtypeStruct(shape, jnp.float32), jax.NamedSharding(abstract(**sizes), spec)
+    assert sharding.divided({"a": array}, {"a": place}) == {"a": jax.NamedSharding(abstract(**sizes), kept)}
+
+
 def test_a_word_that_is_no_side(key):
     message = "along 'stacked', 'inp', 'out', or along the axes data, fsdp, tensor, expert of the mesh, not 'in'"
     with pytest.raises(ValueError, match=message):

@@ -57,6 +57,7 @@ def common() -> Config:
     config.sharding = {  # where on a mesh arrays are; lora_jax/sharding.py
         "rules": (),  # along which of its axes those of the base are divided: (("F", "tensor"), ...); empty: the usual
         "follow": FOLLOW,  # where adapters are divided as their weights: "stacked", "inp", "out", or axes of the mesh
+        "divide": True,  # between steps, adapters and their moments along axes of rows too; gathered once in a step
     }
     config.optim = {  # Adam
         "lr": 0.0,  # the learning rate; 0: by the method and the model's width

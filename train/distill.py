@@ -62,7 +62,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
     begun = begin(config, model, nll, packing.batch([[data.lessons[0].student]], data.lengths[0]))
-    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    base, trainable, gather, tree = begun.base, begun.trainable, begun.gather, methods.runner(config, model)
     print(begun.about)
     identity = begun.identity(model, data.digest, f", {'on' if config.on_policy else 'off'}-policy")
     identity |= {"teacher": checkpoint.fingerprint(taught)}
@@ -75,7 +75,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     student, master = (Reader(shape, data.learned, config.remat) for shape in (model.config, teacher))
     loss = make_loss(student, master, config.on_policy, config.loss_chunk)
     optimizer, measure = tx.init(trainable), jax.jit(loss)
-    step = make_update(loss, both, tx, config.accumulate, placing.kept(trainable, optimizer))
+    step = make_update(loss, both, tx, config.accumulate, placing.kept(trainable, optimizer), gather)
     sample = teaching.Sampler(
         methods.applied(decoder.forward_with_cache),
         model.config,
@@ -88,11 +88,11 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     def update(trainable: Tree, optimizer: Tree, lessons: list[teaching.Lesson], key: jax.Array) -> Any:
         if config.on_policy:
             draw, key = jax.random.split(key)
-            lessons = sample(tree(trainable, base, None), lessons, draw, config.batch_size)
+            lessons = sample(tree(gather(trainable), base, None), lessons, draw, config.batch_size)
         return step(trainable, optimizer, (base, taught), teaching.batch(lessons, data), key)
 
     def evaluate(trainable: Tree) -> Evaluation:
-        now, key, size = both(trainable, (base, taught)), jax.random.key(config.seed), config.batch_size
+        now, key, size = both(gather(trainable), (base, taught)), jax.random.key(config.seed), config.batch_size
         total, tokens, samples = 0.0, 0.0, []
         for start in range(0, len(data.heldout), size):
             lessons = data.heldout[start : start + size]

@@ -62,12 +62,12 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     nll = functools.partial(objective.negative_log_likelihood, **options)
     begun = begin(config, model, nll, pairs.batch(data.items[:1], data.length))
-    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    base, trainable, gather, tree = begun.base, begun.trainable, begun.gather, methods.runner(config, model)
     print(begun.about)
     identity = begun.identity(model, data.digest, f" by {config.loss}")
 
     # The reference: the model as training begins. With new adapters that is the base without them.
-    before = tree(jax.tree.map(jnp.copy, trainable), base) if config.adapter else model.params
+    before = tree(gather(jax.tree.map(jnp.copy, trainable)), base) if config.adapter else model.params
     # What the reference makes of held-out answers is computed once; of the others, only if that is asked for.
     if config.loss not in preferences.FREE:
         known = Known(jax.jit(log_probs), before, data.length, config.batch_size)
@@ -85,7 +85,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
     rate = settings.schedule(config, config.optim.lr or RATE * methods.rate(config, model.config.dim))
     tx = methods.optimizer(config, trainable, rate)
     judge, optimizer = judged(config, log_probs), tx.init(trainable)
-    step = make_update(summed(judge), both, tx, config.accumulate, placing.kept(trainable, optimizer))
+    step = make_update(summed(judge), both, tx, config.accumulate, placing.kept(trainable, optimizer), gather)
     measure = jax.jit(judge)
     write = pairs.crossed if unpaired else pairs.batch
 
@@ -93,7 +93,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         return step(trainable, optimizer, (base, original), batch, key)
 
     def evaluate(trainable: Tree) -> Evaluation:
-        now = both(trainable, (base, original))
+        now = both(gather(trainable), (base, original))
         found = []
         for n, block in pairs.blocks(data.heldout, data.length, config.batch_size, write):
             parts = map(np.asarray, measure(now, block))

@@ -1,5 +1,6 @@
 """Where a run's arrays are on the mesh of `config.mesh`: its base, what is trained, the optimizer's state.
 
+What is trained is kept divided between steps, and gathered where it computes, once in a step.
 The mesh is JAX's context: what is made under it is on every device, and the decoder keeps rows divided.
 """
 
@@ -21,6 +22,7 @@ from train import hosts
 Tree = Any
 Config = Any  # of train/config.py
 Places = Callable[[DecoderConfig, Tree], Tree]
+Gather = Callable[[Tree], Tree]
 
 
 def on_mesh(train: Callable[[Config, Path, str], None]) -> Callable[[Config, Path, str], None]:
@@ -66,21 +68,35 @@ def base(config: Config) -> Places | None:
     return lambda shape, params: sharding.places(params, weight_specs(config, shape, params, mesh), mesh)
 
 
-def started(config: Config, shape: DecoderConfig, base: Tree, trainable: Tree) -> tuple[Tree, Tree]:
+def started(config: Config, shape: DecoderConfig, base: Tree, trainable: Tree) -> tuple[Tree, Tree, Gather]:
     """What `methods.start` gives, on the mesh in context; as it is where there is none.
 
-    Adapters follow the weights that they adapt as `config.sharding.follow` says. A prompt or prefix is on every device,
-    and all parameters, where these are trained, are where the base was.
+    Returns:
+      The base; what is trained, where it is kept; and what brings that to where it computes.
     """
     mesh = jax.sharding.get_mesh()
-    if mesh.empty or base is None:
-        return base, trainable
+    if mesh.empty or base is None:  # all parameters, where these are trained, are where the base was
+        return base, trainable, lambda trainable: trainable
     specs = weight_specs(config, shape, base, mesh)
     base = jax.device_put(base, sharding.places(base, specs, mesh))
+    places, computing = trained(config, base, trainable, specs, mesh)
+    trainable = jax.device_put(trainable, places)
+    return base, trainable, functools.partial(jax.lax.with_sharding_constraint, shardings=computing)
+
+
+def trained(config: Config, base: Tree, trainable: Tree, specs: sharding.Specs, mesh: Mesh) -> tuple[Tree, Tree]:
+    """Where what is trained is between steps, and where it computes.
+
+    Adapters compute where the weights do that they adapt, as `config.sharding.follow` says, a prompt or prefix on every
+    device. Without a base what is trained is all parameters, which are where the base was.
+    """
+    if base is None:
+        return (sharding.places(trainable, specs, mesh),) * 2
     if isinstance(trainable, dict):
-        places = sharding.adapter_places(trainable, specs, mesh, config.sharding.follow)
-        trainable = jax.device_put(trainable, places)
-    return base, trainable
+        computing = sharding.adapter_places(trainable, specs, mesh, config.sharding.follow)
+    else:
+        computing = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), trainable)
+    return sharding.divided(trainable, computing) if config.sharding.divide else computing, computing
 
 
 def whole(tree: Tree) -> Tree:

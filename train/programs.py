@@ -69,10 +69,13 @@ def training(
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     places = jax.tree.map(lambda x: x.sharding, (trainable, optimizer))
+    specs = placing.weight_specs(config, shape, model.params, mesh)
+    _, computing = placing.trained(config, parts["base"], trainable, specs, mesh)
+    gather = functools.partial(jax.lax.with_sharding_constraint, shardings=computing)
 
     def step(shape: DecoderConfig) -> Any:
         loss, tree = _loss(config, dataclasses.replace(model, config=shape), trainable, learned)
-        return make_update(loss, tree, tx, config.accumulate, places)
+        return make_update(loss, tree, tx, config.accumulate, places, gather)
 
     given = trainable, optimizer, parts["base"], parts["batch"], key
     with jax.set_mesh(mesh):
@@ -100,7 +103,7 @@ def state(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.
     model = _model(config, shape, dtype)
     base, trainable = _start(config, model)
     specs = placing.weight_specs(config, shape, model.params, mesh)
-    where = _trainable_places(config, trainable, specs, mesh)
+    where, _ = placing.trained(config, base, trainable, specs, mesh)
     tx = methods.optimizer(config, trainable, settings.schedule(config, methods.rate(config, shape.dim)))
     everywhere = NamedSharding(mesh, PartitionSpec())
     optimizer = jax.eval_shape(tx.init, trainable)
@@ -215,14 +218,6 @@ def _loss(config: settings.Config, model: hf.Checkpoint, trainable: Tree, learne
         once=bool(config.loss_chunk) and not methods.head_adapted(trainable, model.config),
     )
     return methods.applied(nll), methods.runner(config, model)
-
-
-def _trainable_places(config: settings.Config, trainable: Tree, specs: Mapping[str, Any], mesh: Mesh) -> Tree:
-    if config.method == "full":
-        return sharding.places(trainable, specs, mesh)
-    if config.method in methods.SOFT:
-        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), trainable)
-    return sharding.adapter_places(trainable, specs, mesh, config.sharding.follow)
 
 
 def _batch(rows: int, length: int, place: NamedSharding | None = None) -> dict[str, jax.ShapeDtypeStruct]:

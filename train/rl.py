@@ -57,12 +57,12 @@ def train(config: Config, folder: Path, name: str) -> None:
     asked = rollout.padded([prompt.ids for prompt in prompts.training[: config.sampler.prompts]], prompts.width)
     forward = functools.partial(decoder.hidden, config=model.config)
     begun = begin(config, model, forward, asked)
-    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    base, trainable, gather, tree = begun.base, begun.trainable, begun.gather, methods.runner(config, model)
     about = f"{config.policy.objective} for {begun.about}"
     print(about)
     before = base
     if config.policy.kl and config.adapter:
-        before = tree(jax.tree.map(jnp.copy, trainable), base)
+        before = tree(gather(jax.tree.map(jnp.copy, trainable)), base)
     elif config.policy.kl and base is None:
         before = jax.tree.map(jnp.copy, model.params)  # what is trained takes the memory of the other
 
@@ -89,10 +89,10 @@ def train(config: Config, folder: Path, name: str) -> None:
     with judge.Judges(reward.functions, reward.limit, reward.workers) as judges:
         optimizer = tx.init(trainable)
         places = placing.kept(trainable, optimizer)
-        update = make_step(config, prompts.width, tree, base, before, log_probs, tx, sampler, judges, places)
+        update = make_step(config, prompts.width, tree, base, before, log_probs, tx, sampler, judges, places, gather)
 
         def evaluate(trainable: Tree) -> Evaluation:
-            said = sampler(tree(trainable, base), prompts.heldout, jax.random.key(config.seed))
+            said = sampler(tree(gather(trainable), base), prompts.heldout, jax.random.key(config.seed))
             scores = judges(said.texts, [prompt.entry for prompt in prompts.heldout])
             values = [score.value for score in scores if not score.failure]
             numbers = {"heldout_reward": float(np.mean(values)), "heldout_length": float(said.counts_B.mean())}
@@ -128,6 +128,7 @@ def make_step(
     sampler: rollout.Sampler,
     judges: judge.Judges,
     places: Any = None,
+    gather: placing.Gather = lambda trainable: trainable,
 ) -> Callable[[Tree, Tree, Sequence[rollout.Prompt], jax.Array], tuple[Tree, Tree, dict[str, float]]]:
     """Makes `update(trainable, optimizer, prompts, key)`: draw, judge, learn.
 
@@ -141,7 +142,7 @@ def make_step(
       tx: the optimizer.
       sampler: draws answers.
       judges: give rewards.
-      places: as for `make_update`.
+      places, gather: as for `make_update`.
 
     Returns:
       A function as `run` takes it. Given the same arguments, and rewards that are the same, it does the same.
@@ -153,7 +154,7 @@ def make_step(
         total, count, numbers = policy.loss(objective, found_BN, batch, config.policy.clip, config.policy.kl)
         return total, count, numbers | {"entropy": jnp.sum(entropy_BN, where=batch["weights"] > 0)}
 
-    learn = make_update(loss, tree, tx, config.accumulate, places)
+    learn = make_update(loss, tree, tx, config.accumulate, places, gather)
     reference = jax.jit(lambda params, batch: log_probs(params, batch)[0])
     G, size = config.sampler.samples, config.batch_size
 
@@ -161,7 +162,7 @@ def make_step(
         clock = [time.perf_counter()]
         drawing, shuffling = jax.random.split(key)
         asked = [prompt for prompt in prompts for _ in range(G)]
-        said = sampler(tree(trainable, base), asked, drawing)
+        said = sampler(tree(gather(trainable), base), asked, drawing)
         clock.append(time.perf_counter())
         scores = judges(said.texts, [prompt.entry for prompt in asked])
         rewards_PG = np.array([score.value for score in scores]).reshape(-1, G)

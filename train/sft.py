@@ -62,13 +62,13 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
 
     # What is trained, and with the base, `tree(trainable, base)`, what the model runs with.
     begun = begin(config, model, nll, packing.batch(data.rows[:1], data.length))
-    base, trainable, tree = begun.base, begun.trainable, methods.runner(config, model)
+    base, trainable, gather, tree = begun.base, begun.trainable, begun.gather, methods.runner(config, model)
     print(begun.about)
 
     rate = settings.schedule(config, methods.rate(config, model.config.dim))
     tx = methods.optimizer(config, trainable, rate)
     optimizer, learnt = tx.init(trainable), functools.partial(nll, once=methods.once(config, trainable, model.config))
-    step = make_update(methods.applied(learnt), tree, tx, config.accumulate, placing.kept(trainable, optimizer))
+    step = make_update(methods.applied(learnt), tree, tx, config.accumulate, placing.kept(trainable, optimizer), gather)
     measure = jax.jit(methods.applied(nll))
     speak = methods.applied(decoder.forward_with_cache)
 
@@ -76,7 +76,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         return step(trainable, optimizer, base, batch, key)
 
     def evaluate(trainable: Tree) -> Evaluation:
-        now, rows, numbers, samples = tree(trainable, base), config.batch_size // config.accumulate, {}, []
+        now, rows, numbers, samples = tree(gather(trainable), base), config.batch_size // config.accumulate, {}, []
         for name, held in {"": data, **data.sets}.items():
             of = f"/{name}" if name else ""
             numbers[f"heldout_loss{of}"] = heldout.loss(measure, now, held.heldout_rows, data.length, rows)

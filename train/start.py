@@ -28,13 +28,15 @@ class Start(NamedTuple):
 
     Attributes:
       base: what is trained over; None where every parameter is trained.
-      trainable: adapters, a prompt, a prefix or all parameters.
+      trainable: adapters, a prompt, a prefix or all parameters, where they are kept between steps.
+      gather: brings that to where it computes.
       trained: what identifies it.
       about: what it is, in words.
     """
 
     base: Tree
     trainable: Tree
+    gather: placing.Gather
     trained: str
     about: str
 
@@ -62,7 +64,7 @@ def begin(config: Config, model: hf.Checkpoint, f: Callable, batch: Tree) -> Sta
         trained = f"{config.method} from {fingerprint(begun[1])}"
     else:
         begun = methods.start(jax.random.key(config.seed), config, model, f, batch)
-    base, trainable = placing.started(config, model.config, *begun)
+    base, trainable, gather = placing.started(config, model.config, *begun)
     parameters = f"{lora.count(trainable):,} parameters"
     if config.adapter:
         about = f"{config.model}: going on with {config.method} of {config.adapter}, {parameters}"
@@ -75,7 +77,7 @@ def begin(config: Config, model: hf.Checkpoint, f: Callable, batch: Tree) -> Sta
         spec = methods.spec(config)
         trained = f"{config.method} {spec!r}"
         about = f"{config.model}:\n{lora.report(decoder.forward, base, *methods.traced(model), spec=spec)}"
-    return Start(base, trainable, trained, about)
+    return Start(base, trainable, gather, trained, about)
 
 
 def adapters(config: Config, model: hf.Checkpoint, force: bool) -> Tree:

@@ -14,7 +14,12 @@ Tree = Any
 
 
 def make_update(
-    loss: Callable, tree: Callable, tx: optax.GradientTransformation, accumulate: int = 1, places: Any = None
+    loss: Callable,
+    tree: Callable,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    places: Any = None,
+    gather: Callable[[Tree], Tree] = lambda trainable: trainable,
 ) -> Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]:
     """Compiles a training step for a loss that is a mean over items: tokens, pairs.
 
@@ -27,6 +32,7 @@ def make_update(
       tx: the optimizer.
       accumulate: parts that a batch is computed in; divides its rows.
       places: shardings of `(trainable, optimizer)`, which they keep; None leaves this to XLA, on one device to no one.
+      gather: puts what is trained where it computes, once for all parts; gradients are summed back to `places`.
 
     Returns:
       `update(trainable, optimizer, base, batch, key)`, which gives the first two anew, and numbers: `loss`, the other
@@ -34,18 +40,22 @@ def make_update(
       the first two; the base stays.
     """
 
+    def back(tree: Tree) -> Tree:
+        return jax.lax.with_sharding_constraint(tree, places[0]) if places else tree
+
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=places and (*places, None))
     def update(trainable, optimizer, base, batch, key):
-        def total(trainable, part, key):
-            value, count, *more = loss(tree(trainable, base, key), jax.tree.map(partition.rows, part))
+        def total(gathered, part, key):
+            value, count, *more = loss(tree(gathered, base, key), jax.tree.map(partition.rows, part))
             return value, (count, {"loss": value, **(more[0] if more else {})})
 
         def add(gradient, part_and_key):
-            now, sums = jax.grad(total, has_aux=True)(trainable, *part_and_key)
-            return jax.tree.map(jnp.add, gradient, now), sums
+            now, sums = jax.grad(total, has_aux=True)(gathered, *part_and_key)
+            return jax.tree.map(jnp.add, gradient, back(now)), sums
 
+        gathered = gather(trainable)
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-        zero = jax.tree.map(jnp.zeros_like, trainable)
+        zero = back(jax.tree.map(jnp.zeros_like, trainable))
         gradient, sums = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))
         counts, sums = sums
         count = counts.sum()
