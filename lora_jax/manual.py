@@ -27,7 +27,8 @@ def _shard_map(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[An
         if not isinstance(value, Factored):
             return value
         value = value.resolved()  # a norm is that of whole columns
-        if any(spec) and isinstance(value.w, Deferred):
+        # Along its first axis, what is stored is divided with it.
+        if isinstance(value.w, Deferred) and any(spec[1:] if not value.w.moves else spec):
             return lifting.dense(value, "shard_map", where, "it is divided over devices while stored in another form")
         if any(spec) and value.after is not None:
             return lifting.dense(value, "shard_map", where, "the product that its adapter follows is divided")
