@@ -257,11 +257,11 @@ def _gather(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any
         )
         return picked.reshape(shape)
 
-    if weight.rank:
-        looked_up = any((axis in weight.axes("a")) != (axis in weight.axes("b")) for axis in indexed)
+    if weight.rank:  # nothing is left of a factor but its rank
+        looked_up = any(not weight.axes(name).difference(indexed) for name in "ab")
     else:
-        looked_up = any(axis not in weight.gain.axes for axis in indexed) if weight.gain else bool(batch)
-    if not looked_up:  # a layer or an expert was picked: what is left is still a weight
+        looked_up = any(axis not in weight.gain.axes for axis in indexed) if weight.gain else len(sliced) < 2
+    if not looked_up:  # layers or experts were picked: what is left is still a weight
         return [rearranged(weight, w, move)]
     _linear(weight, "a lookup")
     rows = dataclasses.replace(_resolved(weight), key=None)
@@ -269,12 +269,13 @@ def _gather(params: dict[str, Any], args: Sequence[Any], bind: Bind) -> list[Any
 
 
 def _picked(weight: Factored, params: dict[str, Any], indices: Any, bind: Bind) -> Any:
-    """The base after a lookup; one layer is sliced off what is stored, not off all layers made into arrays."""
+    """The base after a lookup; layers are picked off what is stored, not off all layers made into arrays."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     first = numbers.start_index_map == numbers.collapsed_slice_dims == (0,) and not numbers.operand_batching_dims
-    layer = first and indices.ndim == 1 and tuple(sizes[1:]) == tuple(weight.shape[1:])
-    if isinstance(weight.w, Deferred) and not weight.w.moves and layer:
-        return weight.w.sliced(lambda x: lax.dynamic_index_in_dim(x, indices[0], 0, keepdims=False))
+    layers = first and tuple(sizes[1:]) == tuple(weight.shape[1:])
+    leading = numbers.offset_dims == tuple(range(indices.ndim - 1, indices.ndim - 2 + weight.ndim))
+    if isinstance(weight.w, Deferred) and not weight.w.moves and layers and leading:
+        return weight.w.sliced(lambda x: x.at[indices[..., 0]].get(mode=params["mode"]))
     return weight.based(lambda w: bind(w, indices)[0])
 
 

@@ -215,6 +215,8 @@ class _Walk:
         views = [fact.view for fact in facts]
         still = moved(eqn, views)
         if still is not None:
+            if still.numbered and views[0] and not views[0].numbered:
+                self.use(views[0], eqn, 0, products)
             return [Fact(still, products)] * len(eqn.outvars)
         for position, view in enumerate(views):
             if view is not None:
@@ -223,14 +225,20 @@ class _Walk:
 
     def use(self, view: View, eqn: JaxprEqn, position: int, products: frozenset[str]) -> frozenset[str]:
         kind, contracted, batch = consumed(view, eqn, position)
-        stacked = view.stacked | union(view.axes[axis] for axis in batch)
+        batched = union(view.axes[axis] for axis in batch)
+        if view.numbered - batched:
+            return frozenset()  # rows of a table: that they were looked up is noted
+        if view.numbered:  # they were not rows, but experts
+            for path in view.paths:
+                self.uses[path] = {key: use for key, use in self.uses[path].items() if use.kind != "embedding"}
+        stacked = view.stacked | batched
         inp = union(view.axes[axis] for axis in contracted) - stacked
         out = union(view.axes) - stacked
         axes = Axes(*(tuple(sorted(axes)) for axes in (stacked, inp, out - inp)))
         if inp & union(own for axis, own in enumerate(view.axes) if axis not in (*contracted, *batch)):
             kind = "other"  # one axis is partly contracted and partly kept
         where = _jaxpr.source_line(eqn)
-        experts = tuple(sorted(union(view.axes[axis] for axis in batch))) if kind == "expert" else ()
+        experts = tuple(sorted(batched)) if kind == "expert" else ()
         use = Use(kind, eqn.primitive.name, axes, where, experts)
         for path in view.paths:
             # A scan's body is followed more than once; an equation is one use.

@@ -20,11 +20,13 @@ class View:
       paths: the parameters.
       axes: for each axis, the parameter's own axes that it comes from.
       stacked: the parameter's axes from which one layer or expert was picked.
+      numbered: those from which matrices were picked by an array of numbers: experts, if a batched product follows.
     """
 
     paths: tuple[str, ...]
     axes: tuple[frozenset[int], ...]
     stacked: frozenset[int]
+    numbered: frozenset[int] = frozenset()
 
     def arranged(self, axes: Sequence[frozenset[int]]) -> View:
         """The same parameter with other axes."""
@@ -34,7 +36,8 @@ class View:
         """The same parameter after one element of some axes was picked."""
         gone = frozenset().union(*(self.axes[axis] for axis in axes))
         kept = [own for axis, own in enumerate(self.axes) if axis not in axes]
-        return View(self.paths, tuple(kept), self.stacked | (gone - frozenset().union(*kept)))
+        stacked = self.stacked | (gone - frozenset().union(*kept))
+        return dataclasses.replace(self, axes=tuple(kept), stacked=stacked)
 
 
 def union(sets: Iterable[frozenset[int]]) -> frozenset[int]:
@@ -63,7 +66,7 @@ def _stacked(eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
     if eqn.primitive.name == "stack":
         axes = list(first.axes)
         axes.insert(eqn.params["axis"], frozenset())
-        return View(paths, tuple(axes), first.stacked)
+        return dataclasses.replace(first, paths=paths, axes=tuple(axes))
     return None if first.axes[eqn.params["dimension"]] else dataclasses.replace(first, paths=paths)
 
 
@@ -98,19 +101,22 @@ def _picked(view: View, eqn: JaxprEqn) -> View | None:
         return None
     own = [frozenset[int]() if axis in picked else own for axis, own in enumerate(view.axes)]
     gone = union(view.axes[axis] for axis in picked) - union(own)
-    return View(view.paths, tuple(own), view.stacked | gone)
+    return dataclasses.replace(view, axes=tuple(own), stacked=view.stacked | gone)
 
 
 def _gathered(view: View, eqn: JaxprEqn) -> View | None:
-    numbers = eqn.params["dimension_numbers"]
-    if (
-        len(numbers.offset_dims) < len(_jaxpr.shape(eqn.outvars[0]))
-        or len(numbers.offset_dims) < 2
-        or numbers.operand_batching_dims
-    ):
+    numbers, new = eqn.params["dimension_numbers"], _jaxpr.shape(eqn.outvars[0])
+    if len(numbers.offset_dims) < 2 or numbers.operand_batching_dims:
         return None
-    picked = set(numbers.collapsed_slice_dims)
-    return view.without(sorted(picked))
+    picked = numbers.collapsed_slice_dims
+    if len(numbers.offset_dims) == len(new):
+        return view.without(sorted(picked))
+    if len(numbers.offset_dims) < len(new) - 1 or len(picked) != 1:
+        return None
+    axes = [own for axis, own in enumerate(view.axes) if axis not in picked]
+    (place,) = set(range(len(new))) - set(numbers.offset_dims)
+    axes.insert(place, view.axes[picked[0]])
+    return dataclasses.replace(view, axes=tuple(axes), numbered=view.numbered | view.axes[picked[0]])
 
 
 def _all(view: View, eqn: JaxprEqn) -> View:

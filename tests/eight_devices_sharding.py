@@ -1,5 +1,6 @@
 """The decoder and its adapters on meshes of eight devices: `sharding_test.py` runs this file in its own process."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,8 @@ from lora_jax.quantize import quantize
 
 DENSE = DecoderConfig("llama", 64, 256, 512, 2, 8, 8, 16, 64, tied=True)
 MOE = DecoderConfig("mixtral", 64, 128, 256, 2, 4, 4, 16, 64, experts=4, active_experts=2)
+MANY = dataclasses.replace(MOE, dim=64, hidden=64, layers=1, experts=8)
+CONFIGS = {"moe": MOE, "nf4 moe": MOE, "crowded": MANY}
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
 EXPERTS = ("data=8", "fsdp=8", "fsdp=2,tensor=4", "expert=4,data=2", "expert=2,fsdp=2,tensor=2")
 BLOCKS = ("data=8", "fsdp=4,data=2", "tensor=8", "data=2,fsdp=2,tensor=2")  # of 64: 256 inputs have four
@@ -24,6 +27,9 @@ CASES = [
     *(("moe", mesh, ()) for mesh in EXPERTS),
     *(("nf4", mesh, ()) for mesh in BLOCKS),
     *((kind, "data=2,fsdp=2,tensor=2", sides) for kind in ("dense", "nf4") for sides in (("out",), ("inp", "out"))),
+    ("crowded", "expert=8", ()),
+    ("crowded", "expert=4,fsdp=2", ()),
+    ("nf4 moe", "expert=4,data=2", ()),
     *(("moe", "expert=2,fsdp=2,tensor=2", sides) for sides in (("out",), ("inp", "out"))),
 ]
 
@@ -31,11 +37,13 @@ CASES = [
 @functools.cache
 def case(kind):
     """A model, random adapters, a batch, and the loss and gradients on one device."""
-    config = MOE if kind == "moe" else DENSE
+    config = CONFIGS.get(kind, DENSE)
     params = decoder.init(jax.random.key(0), config)
     batch = jax.random.randint(jax.random.key(1), (8, 16), 0, 64)
+    if kind == "crowded":  # every token asks for the same two experts
+        batch = jnp.full_like(batch, 7)
     sites = lora.trace(decoder.forward, params, batch, config)
-    if kind == "nf4":
+    if kind.startswith("nf4"):
         params = quantize(params, sites, {"all-linear": "nf4"})
     adapters = lora.init(jax.random.key(2), params, sites, lora.Spec(rank=3, alpha=6))
     adapters = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape) / 20, adapters)

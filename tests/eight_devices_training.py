@@ -230,8 +230,18 @@ def test_each_policy_exchanges_what_it_says():
         step = dense("fsdp=4,tensor=2", follow=follow)
         assert step.gathered() - step.base_shards() <= step.adapter_sizes()
         assert step.gathered() & step.adapter_sizes()
-    experts = mesh_steps.compiled(mesh_steps.MOE, "expert=4,data=2", divide=False)
-    assert experts.gathered() & experts.adapter_sizes()  # of experts, as their weights
+
+
+def test_tokens_travel_to_experts_and_not_these_to_tokens():
+    """Along "expert"; along "fsdp" they do."""
+    config = mesh_steps.MOE
+    there, here = (mesh_steps.compiled(config, f"{axis}=4,data=2") for axis in ("expert", "fsdp"))
+    experts = {n * config.dim * config.hidden for n in (1, config.experts)}
+    assert here.gathered() & experts and not there.gathered() & experts
+    tokens = 16 * 16 // 2  # of all devices along "expert"
+    router = config.dim * config.experts
+    assert there.gathered() == {tokens * config.dim, tokens * config.active_experts, router}
+    assert not there.gathered() & there.adapter_sizes()
 
 
 def test_adapters_are_gathered_once_where_they_are_divided():

@@ -56,9 +56,9 @@ def random(seed=0):
 
 
 def mlp(w):
-    def f(x_MD, sizes_E):
-        h_MF = jnp.tanh(jax.lax.ragged_dot(x_MD, w["up"], sizes_E))
-        return jax.lax.ragged_dot(h_MF, w["down"], sizes_E)
+    def f(x_GMD, expert_G):
+        h_GMF = jnp.tanh(jnp.einsum("gmd,gdf->gmf", x_GMD, w["up"][expert_G]))
+        return jnp.einsum("gmf,gfd->gmd", h_GMF, w["down"][expert_G])
 
     return f
 
@@ -106,15 +106,53 @@ def test_scores_are_learnt_from():
     np.testing.assert_allclose(alone, 0, atol=1e-6)  # a single weight is 1 whatever the scores
 
 
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("longest", [512, 1])
+def test_what_each_device_adds_is_the_sum_of_all(crowded, longest, monkeypatch):
+    """Also where all tokens ask for one device's experts, which computes them by and by."""
+    monkeypatch.setattr(moe, "LONGEST", longest)
+    x, scores, w = random()
+    x, scores = np.tile(x, (8, 1)), np.tile(scores, (8, 1))
+    w, scores = jax.tree.map(lambda a: np.concatenate([a, -a])[:8], w), np.concatenate([scores, scores - 1], 1)[:, :8]
+    if crowded:
+        scores[:, 2:4] += 50
+    expert = np.argsort(-scores)[:, :2].copy()
+    p = np.take_along_axis(softmax(scores), expert, 1)
+    f32 = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32))
+
+    def part(device, rounds=True):
+        own = f32(jax.tree.map(lambda a: a[2 * device : 2 * device + 2], w))
+
+        def loss(x):
+            y = moe._computed(mlp(own), x, jnp.asarray(expert) - 2 * device, f32(p), 8, 4, False)
+            return jnp.sum(jnp.cos(y)), y
+
+        with monkeypatch.context() as patch:
+            if not rounds:
+                patch.setattr(jax.lax, "cond", lambda _, then, otherwise, *args: otherwise(*args))
+            (_, y), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(f32(x))
+        return np.asarray(y), gradient
+
+    parts = [part(device)[0] for device in range(4)]
+    np.testing.assert_allclose(sum(parts), token_by_token(x, scores, w, 2, False), rtol=1e-4, atol=1e-4)
+    once, gradient = part(1, rounds=False)
+    assert (np.abs(once - parts[1]).max() > 1e-2) == crowded
+    if crowded:
+        assert not any(np.any(parts[device]) for device in (0, 2, 3))
+        assert np.abs(gradient - part(1)[1]).max() > 1e-2
+
+
 def test_cost_is_that_of_the_active_experts():
     def cost(**changes):
-        config = dataclasses.replace(CONFIG, hidden=256, **changes)
+        config = dataclasses.replace(CONFIG, **{"hidden": 256, **changes})
         params = jax.eval_shape(functools.partial(decoder.init, config=config), jax.random.key(0))
-        return flops(functools.partial(decoder.hidden, config=config), params, TOKENS)
+        return flops(functools.partial(decoder.hidden, config=config), params, np.tile(TOKENS, (4, 1)))
 
-    per_expert = 2 * 2 * TOKENS.size * (3 * D * 256 + D)  # three products, and one term of a token's sum
-    assert cost(active_experts=3) - cost(active_experts=2) == per_expert
-    assert cost(experts=E + 3) - cost() == 2 * 2 * TOKENS.size * D * 3  # of the router alone
+    layers, tokens = 2, 4 * TOKENS.size
+    per_expert = layers * tokens * 2 * 3 * D * 256
+    # Groups that are filled up: at most as many rows again as there are, and no more of them for more experts.
+    assert 2 * per_expert < cost(active_experts=3) - cost(experts=0, hidden=1, active_experts=0) < 6.5 * per_expert
+    assert cost(experts=16, active_experts=2) < cost(experts=4, active_experts=2) + 2 * per_expert
 
 
 @pytest.fixture(scope="module")

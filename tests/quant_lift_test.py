@@ -156,13 +156,18 @@ def ragged(params, x):
     return jax.lax.ragged_dot(jnp.tanh(jax.lax.ragged_dot(x, params["up"], sizes)), params["down"], sizes)
 
 
+def numbered(params, x):
+    up, down = (params[name][jnp.array([2, 0, 0, 3])] for name in ("up", "down"))
+    return jnp.einsum("etf,efd->etd", jnp.tanh(jnp.einsum("etd,edf->etf", x, up)), down)
+
+
 def scanned_experts(params, x):
     stack = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), x)
     return jax.lax.scan(lambda x, y: (jnp.tanh(experts(params, x)) + y, None), x, stack)[0]
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("f", [experts, ragged, scanned_experts])
+@pytest.mark.parametrize("f", [experts, ragged, numbered, scanned_experts])
 def test_experts(f, format):
     a, b, c = jax.random.split(jax.random.key(0), 3)
     params = {"up": jax.random.normal(a, (E, D, H)), "down": jax.random.normal(b, (E, H, D))}

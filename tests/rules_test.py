@@ -189,7 +189,7 @@ def test_several_in_and_out_axes(key):
     )
 
 
-def test_experts_by_einsum_and_by_ragged_dot(key):
+def test_experts_by_einsum_by_ragged_dot_and_by_number(key):
     params = {"w": jax.random.normal(key, (3, 6, 4))}
     adapters = {"w": adapter(key, (3, 6, 4), Axes((0,), (1,), (2,)))}
     x = jax.random.normal(key, (5, 6))
@@ -202,6 +202,8 @@ def test_experts_by_einsum_and_by_ragged_dot(key):
         x,
     )
     assert_lifts(lambda p, x: jax.lax.ragged_dot(x, p["w"], sizes), params, adapters, x)
+    numbers = jnp.array([2, 0, 0, 2, 1])
+    assert_lifts(lambda p, x: jnp.einsum("td,tdf->tf", x, p["w"][numbers]), params, adapters, x)
 
 
 def test_stop_gradient_stops_the_adapter_too(key):

@@ -45,6 +45,11 @@ CASES = {
     "ragged experts": (
         lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 1, 2])), (3, 6, 8), X, "expert", ((0,), (1,), (2,)),
     ),
+    "experts by number": (
+        lambda p, x: jnp.einsum("gmd,gdf->gmf", jnp.ones((4, 5, 6)), p["w"][jnp.array([0, 2, 2, 1])]), (3, 6, 8), X,
+        "expert", ((0,), (1,), (2,)),
+    ),
+    "rows of two axes": (lambda p, ids: 2 * p["w"][ids[0]], (11, 2, 3), IDS, "embedding", ((), (0,), (1, 2))),
     "embedding": (lambda p, ids: p["w"][ids], (11, 6), IDS, "embedding", ((), (0,), (1,))),
     "one row": (lambda p, i: p["w"][i[0, 0]], (11, 6), IDS, "embedding", ((), (0,), (1,))),
     "convolution": (

@@ -81,8 +81,9 @@ def training(
     with jax.set_mesh(mesh):
         placing.check(config)
         lowered = step(shape).lower(*given)
-        # What a kernel of attention computes is not to be seen; in chunks it is as much.
-        flops = cost.flops(step(dataclasses.replace(shape, attention="chunked")), *given)
+    # What a kernel of attention computes is not to be seen; in chunks it is as much. Nor what of the room for experts'
+    # rows is used on each device; on one device there is none.
+    flops = cost.flops(step(dataclasses.replace(shape, attention="chunked")), *given)
     part = config.batch_size // config.accumulate
     activations = kept(config, shape, length, learned, dtype) * part // row_parts(mesh)
     return Program(lowered, parts, flops, activations, config.batch_size * length)

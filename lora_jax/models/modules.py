@@ -138,10 +138,10 @@ class Layer(nnx.Module):
         if c.experts:
             graph, weights = nnx.split((self.gate_proj, self.up_proj, self.down_proj))
 
-            def routed(n_ND, scores_NE, weights):
+            def routed(n_ND, scores_NE, weights, along):
                 mlp = functools.partial(_mlp, *nnx.merge(graph, weights), c.activation)
                 how = c.active_experts, c.normalised_experts, c.router, c.weighted_inputs
-                return moe.routed(mlp, n_ND, scores_NE, *how)
+                return moe.routed(mlp, n_ND, scores_NE, *how, along)
 
             new_ND = partition.apart(routed, (n_ND, self.router(n_ND)), weights)
         else:
@@ -165,10 +165,10 @@ class Layer(nnx.Module):
 
 
 def _mlp(
-    gate_proj: Callable, up_proj: Callable, down_proj: Callable, activation: str, x_ND: jax.Array, *sizes_E: jax.Array
+    gate_proj: Callable, up_proj: Callable, down_proj: Callable, activation: str, x: jax.Array, *expert_G: jax.Array
 ) -> jax.Array:
-    """Of rows that stand expert by expert, if their sizes are given."""
-    return down_proj(gated(gate_proj(x_ND, *sizes_E), up_proj(x_ND, *sizes_E), activation), *sizes_E)
+    """Of rows, or of groups of them, if the expert of each is given."""
+    return down_proj(gated(gate_proj(x, *expert_G), up_proj(x, *expert_G), activation), *expert_G)
 
 
 def _by_width(norm: RMSNorm | None, x_ND: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Left to itself XLA may divide activations as weights are, and then gathers whate
 it gathers the shards of weights and sums gradients, and nothing else.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 ROWS = ("data", "fsdp", "expert")  # axes of the mesh along which rows are divided; "tensor" divides what is in a row
+EXPERTS = "expert"  # the one of them along which experts are divided as well: there it is tokens that travel
 
 
 def rows(x: jax.Array) -> jax.Array:
@@ -34,17 +36,27 @@ def chunks(x: jax.Array, size: int) -> jax.Array:
     return _divided(x, 1) if shares > 1 else x
 
 
-def apart(f: Callable[..., jax.Array], rows: tuple[jax.Array, ...], weights: Any) -> jax.Array:
-    """f(*rows, weights), every device computing its own rows with the whole of the weights along `ROWS`.
+def apart(f: Callable[..., jax.Array], rows: tuple[jax.Array, ...], stacked: Any) -> jax.Array:
+    """f(*rows, stacked, along=...), every device computing its own rows; for what XLA cannot divide, such as a sort.
 
-    For what XLA cannot divide itself, such as a sort. What f gives for a row must not depend on the others.
+    Args:
+      f: what it gives for a row must not depend on the others.
+      rows: arrays whose first axis is divided along `ROWS`.
+      stacked: weights, whose first axis numbers experts. Of a divided one a device has its part along `EXPERTS`, and
+        the whole along the other axes of `ROWS`.
+
+    Returns:
+      What f gives. `along` is the axis of the mesh along which f has a part of the weights, or "" where it has all.
     """
     if _shares(rows[0]) == 1:
-        return f(*rows, weights)
-    along = tuple(name for name in _free_axes() if name in ROWS)
-    divided = PartitionSpec(along)
-    specs = (*[divided] * len(rows), PartitionSpec())
-    return jax.shard_map(f, in_specs=specs, out_specs=divided, axis_names=set(along), check_vma=False)(*rows, weights)
+        return f(*rows, stacked, along="")
+    names = tuple(name for name in _free_axes() if name in ROWS)
+    parts = _mesh().shape.get(EXPERTS, 1)
+    along = EXPERTS if EXPERTS in names and all(w.shape[0] % parts == 0 for w in jax.tree.leaves(stacked)) else ""
+    divided = PartitionSpec(names)
+    specs = (*[divided] * len(rows), PartitionSpec(along or None))
+    run = functools.partial(f, along=along)
+    return jax.shard_map(run, in_specs=specs, out_specs=divided, axis_names=set(names), check_vma=False)(*rows, stacked)
 
 
 def table(w_VD: jax.Array) -> jax.Array:
