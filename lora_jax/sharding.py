@@ -220,22 +220,22 @@ def divided(arrays: Tree, places: Tree) -> Tree:
       A tree of `NamedSharding`.
     """
 
-    def fits(names: Sequence[str], sizes: Sequence[int], mesh: Mesh) -> list[int]:
-        parts = math.prod(mesh.shape[name] for name in names)
+    def fits(names: Sequence[str], sizes: Sequence[int], mesh: Mapping[str, int]) -> list[int]:
+        parts = math.prod(mesh[name] for name in names)
         return [axis for axis, size in enumerate(sizes) if size % parts == 0]
 
     def one(array: Any, place: NamedSharding) -> NamedSharding:
-        mesh, left = place.mesh, list(place.shard_shape(array.shape))
+        mesh, left = place.mesh.shape, list(place.shard_shape(array.shape))
         along = [names if isinstance(names, tuple) else (names,) if names else () for names in place.spec]
         along += [()] * (len(left) - len(along))
         used = {name for names in along for name in names}
-        free = tuple(name for name, size in mesh.shape.items() if size > 1 and name not in used)
-        each = [(name,) for name in sorted(free, key=mesh.shape.__getitem__, reverse=True)]
+        free = tuple(name for name, size in mesh.items() if size > 1 and name not in used)
+        each = [(name,) for name in sorted(free, key=mesh.__getitem__, reverse=True)]
         for names in [free] if fits(free, left, mesh) else each:
             for axis in fits(names, left, mesh)[:1]:
                 along[axis] += names
-                left[axis] //= math.prod(mesh.shape[name] for name in names)
-        return NamedSharding(mesh, PartitionSpec(*(names or None for names in along)))
+                left[axis] //= math.prod(mesh[name] for name in names)
+        return NamedSharding(place.mesh, PartitionSpec(*(names or None for names in along)))
 
     return jax.tree.map(one, arrays, places)
 
