@@ -5,8 +5,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
+import eight
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,6 @@ import pytest
 
 from lora_jax import checkpoint, manifest
 
-TESTS = Path(__file__).parent
 IDENTITY = {"base": "abc", "spec": "rank 4"}
 
 
@@ -116,15 +115,7 @@ def flip_a_bit(folder):
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "eight_devices_checkpoint.py"],
-        env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    eight.run("eight_devices_checkpoint.py")
 
 
 def test_the_next_step_need_not_wait(tmp_path, monkeypatch):

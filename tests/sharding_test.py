@@ -1,12 +1,9 @@
 """Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_*.py`."""
 
 import functools
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
+import eight
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,7 +18,6 @@ from lora_jax.quantize import quantize
 from train import config as settings
 from train import sft
 
-TESTS = pathlib.Path(__file__).parent
 NAMES = {"up": "L D F", "down": "L F D", "norm": "L D"}
 
 
@@ -208,9 +204,4 @@ def test_a_mesh_that_does_not_fit_stops_a_run_before_anything_is_read(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["eight_devices_sharding.py", "eight_devices_training.py"])
 def test_on_eight_devices(file):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
-    run = subprocess.run(
-        command, env=os.environ | {"XLA_FLAGS": flags}, cwd=TESTS.parent, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    eight.run(file)
