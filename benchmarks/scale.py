@@ -45,7 +45,7 @@ CASES = [
     Case("llama-3.1-405b", "v5p:4x4x8", kinds=("lora",)),
     *(Case("llama-3.1-8b", "h100", kinds=("lora", "sampling"), rows=rows) for rows in (2, 4, 8)),
     *(Case("llama-3.1-8b", "h100", kinds=("lora",), remat=remat) for remat in ("dots", "offload", "none")),
-    Case("llama-3.1-70b", "v5e:16x16", kinds=("lora",)),
+    Case("llama-3.1-70b", "v5e:16x16", "fsdp=-1,tensor=2", kinds=("lora",)),  # 256 divides no axis of heads
     Case("llama-3.1-8b", "h100", kinds=("full",)),
     Case("llama-3.1-8b", "v5e:4x4", kinds=("full", "lora on nf4")),
     Case("llama-3.2-1b", "v5e:2x2", kinds=("lora",)),
@@ -66,7 +66,7 @@ CASES = [
             ("gemma-3-27b", "v5p:2x2x2", "fsdp=-1"),
         )
     ),
-    Case("llama-3.1-70b", "v5e:16x16", kinds=("sampling", "full")),
+    Case("llama-3.1-70b", "v5e:16x16", "fsdp=-1,tensor=2", kinds=("sampling", "full")),
 ]
 
 
