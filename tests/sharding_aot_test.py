@@ -18,7 +18,7 @@ def test_only_base_shards_are_gathered_and_only_adapters_summed(config):
     step = compiled(config, "fsdp=8", tpu=True)
     assert step.gathered() and step.gathered() <= step.base_shards()
     assert lora.count(step.adapters) - 64 <= step.gathered_whole() <= lora.count(step.adapters)
-    # It sums the scales of norms, filled up with zeros, in place of gathering them, and small factors by passing parts on.
+    # It sums the scales of norms, filled up with zeros, in place of gathering them; small factors by passing parts on.
     norms, summed = 3 * 2 * config.dim, step.total("all-reduce") + step.total("collective-permute")
     assert lora.count(step.adapters) // config.layers // 2 <= summed <= lora.count(step.adapters) + norms + 64
     assert set(step.found) <= {"all-gather", "all-reduce", "collective-permute"}
