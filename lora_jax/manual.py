@@ -27,7 +27,7 @@ def _shard_map(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[An
         if not isinstance(value, Factored):
             return value
         value = value.resolved()  # a norm is that of whole columns
-        if any(spec) and isinstance(value.w, Deferred) and not _divisible(value.w, spec):
+        if isinstance(value.w, Deferred) and (any(spec[1:]) or (any(spec) and not value.w.by_parts)):
             return lifting.dense(value, "shard_map", where, "it is divided over devices while stored in another form")
         if any(spec) and value.after is not None:
             return lifting.dense(value, "shard_map", where, "the product that its adapter follows is divided")
@@ -57,11 +57,6 @@ def _shard_map(lifting: Evaluation, eqn: JaxprEqn, values: list[Any]) -> list[An
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )(*values)
-
-
-def _divisible(w: Deferred, spec: PartitionSpec) -> bool:
-    """Whether what is stored is divided as the weight is: along its first axis, if all arrays have that."""
-    return not (w.moves or any(spec[1:])) and all(x.shape[:1] == w.shape[:1] for x in jax.tree.leaves(w.stored))
 
 
 CONTROL[_jaxpr.shard_map_p] = _shard_map

@@ -274,7 +274,7 @@ def _picked(weight: Factored, params: dict[str, Any], indices: Any, bind: Bind) 
     first = numbers.start_index_map == numbers.collapsed_slice_dims == (0,) and not numbers.operand_batching_dims
     layers = first and tuple(sizes[1:]) == tuple(weight.shape[1:])
     leading = numbers.offset_dims == tuple(range(indices.ndim - 1, indices.ndim - 2 + weight.ndim))
-    if isinstance(weight.w, Deferred) and not weight.w.moves and layers and leading:
+    if isinstance(weight.w, Deferred) and weight.w.by_parts and layers and leading:
         return weight.w.sliced(lambda x: x.at[indices[..., 0]].get(mode=params["mode"]))
     return weight.based(lambda w: bind(w, indices)[0])
 

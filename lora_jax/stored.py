@@ -74,6 +74,11 @@ class Deferred:
         """The weight after an operation on its leading axes alone, done to what is stored."""
         return Deferred(jax.tree.map(pick, self.stored))
 
+    @property
+    def by_parts(self) -> bool:
+        """Whether all that is stored has the weight's first axis, so that a part along it can be taken of that."""
+        return not self.moves and all(x.shape[:1] == self.shape[:1] for x in jax.tree.leaves(self.stored))
+
     def value(self) -> jax.Array:
         """The array."""
         w = self.stored.dequantised()

@@ -101,7 +101,7 @@ def test_scores_that_saturate_are_still_told_apart():
 def test_scores_are_learnt_from():
     x, scores, w = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), random())
     gradient = jax.grad(lambda scores: moe.routed(mlp(w), x, scores, 2, True)[0, 0])(scores)
-    assert np.count_nonzero(gradient) == 2  # of the two experts of the first token
+    assert np.count_nonzero(np.abs(gradient) > 1e-6) == 2  # of the two experts of the first token
     alone = jax.grad(lambda scores: moe.routed(mlp(w), x, scores, 1, True)[0, 0])(scores)
     np.testing.assert_allclose(alone, 0, atol=1e-6)  # a single weight is 1 whatever the scores
 
