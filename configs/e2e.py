@@ -4,7 +4,7 @@ Reproduces: the LoRA paper's comparison of LoRA and full fine-tuning on this tas
             as many tokens for both: trained on the development set, asked half of the test set's tables.
 Command:    LORA_JAX_DATA=<folder with e2e_nlg> python -m benchmarks.e2e --config=configs/e2e.py
 Hardware:   two CPU cores.
-Expected:   docs/results.md: LoRA within a point of BLEU of full fine-tuning.
+Expected:   the paper's: LoRA no worse than full fine-tuning. Not seen: LoRA was 0.7 BLEU behind (docs/results.md).
 """
 
 import os
