@@ -57,7 +57,8 @@ def test_what_is_exchanged(name):
         sum(found[kind].bytes for kind in ("all-reduce", "reduce-scatter") if kind in found)
         for found in (adapters, everything)
     ]
-    assert summed[0] < 2 * compiled(name, "lora").bytes["adapters"] < weights / 2 < summed[1]
+    whole = 4 * compiled(name, "lora").bytes["adapters"]  # of which a chip keeps a quarter between steps
+    assert whole / 4 < summed[0] < 1.01 * whole < weights / 2 < summed[1]
 
 
 def test_a_slice_keeps_little_more_between_steps_than_it_samples_from():
