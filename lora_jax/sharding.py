@@ -6,6 +6,7 @@ adapters are divided along, they have from their weights.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters import SHARED, Adapter, Along
+from lora_jax.stored import is_stored
 from lora_jax.tree import Tree, leaves_by_path, nearest, replace
 
 AXES = ("data", "fsdp", "tensor", "expert")
@@ -163,6 +165,63 @@ def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:
         return jax.tree.map(one, leaf)
 
     return replace(params, {path: place(path, leaf) for path, leaf in leaves_by_path(params).items()})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """A stored weight whose shards travel as they are stored: left to itself XLA gathers what they become.
+
+    Attributes:
+      stored: the weight.
+      along: what divides its axes where it computes, those of a batch's rows left out.
+    """
+
+    stored: Any
+    along: tuple[str | None, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.stored.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the weight has."""
+        return self.stored.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The weight's dtype."""
+        return self.stored.dtype
+
+    def dequantised(self) -> jax.Array:
+        """The weight, of shards that are gathered first."""
+        mesh = jax.sharding.get_abstract_mesh()
+        free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+        if not free:  # within a `shard_map` it is gathered already
+            return self.stored.dequantised()
+
+        def gathered(x: jax.Array) -> jax.Array:
+            along = self.along[-x.ndim :] if x.ndim == self.stored.ndim else ()
+            return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a if a in free else None for a in along)))
+
+        return jax.tree.map(gathered, self.stored).dequantised()
+
+
+def gathered(params: Tree, specs: Specs) -> Tree:
+    """A base whose quantised weights are gathered in their codes, a quarter of the bytes, where a mesh is in context.
+
+    Args:
+      params: of a base.
+      specs: from `specs`.
+
+    Returns:
+      The same arrays, quantised weights as `Gathered`.
+    """
+    stored = {path: leaf for path, leaf in leaves_by_path(params).items() if is_stored(leaf)}
+    along = {path: tuple(None if axis in BATCH else axis for axis in specs[path]) for path in stored}
+    return replace(params, {path: Gathered(leaf, along[path]) for path, leaf in stored.items()})
 
 
 def adapter_places(

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# The threads of eight devices wait for one another; on cores that are busy, for longer than XLA would.
+# The threads of eight devices wait for one another; on cores that are busy, for longer than XLA would. A device may wait
+# in several exchanges at once, each with a thread of XLA's pool: where these are as few as devices, for ever.
+THREADS = "64"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 
@@ -14,7 +16,7 @@ def run(file: str) -> None:
     """Runs it, and fails as it does."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / file],
-        env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"},
+        env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}", "NPROC": THREADS},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ from lora_jax import sharding
 from lora_jax.models import decoder, keys
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import quantize
+from train import hlo as forecast_hlo
 from train import objective, update
 
 DENSE = DecoderConfig("llama", 64, 256, 512, 2, 8, 8, 16, 64, tied=False)
@@ -31,11 +32,15 @@ class Compiled(NamedTuple):
     adapters: dict
     mesh: jax.sharding.Mesh
     computing: dict
+    exchanged: dict
 
     def base_shards(self):
-        """How many elements a weight, or one layer of it, has where its rows' axes of the mesh are gathered."""
+        """How many elements a weight's arrays, or a layer's, have where its rows' axes of the mesh are gathered."""
         sizes = set()
-        for path, leaf in lora.tree.leaves_by_path(self.params).items():
+        arrays = [
+            (path, x) for path, leaf in lora.tree.leaves_by_path(self.params).items() for x in jax.tree.leaves(leaf)
+        ]
+        for path, leaf in arrays:
             parts = self.mesh.shape["tensor"] if "tensor" in self.specs[path] else 1
             size = math.prod(leaf.shape) // (leaf.shape[0] if path.startswith("layers/") else 1)
             sizes.add(size // parts)
@@ -84,6 +89,7 @@ def compiled(
     accumulate=1,
     nf4=False,
     divide=True,
+    stored=True,
 ):
     """A step of Adam, as `train.sft` makes it."""
     devices = None
@@ -124,10 +130,11 @@ def compiled(
     # As processes of several hosts give it; to be computed in parts, whole on every device, as NumPy's arrays are.
     divided = jax.tree.map(lambda _: sharding.rows(mesh) if accumulate == 1 else whole, batch)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
+    base = put(params, sharding.places(params, specs, mesh))
     args = (
         put(adapters, own),
         put(moments, at),
-        put(params, sharding.places(params, specs, mesh)),
+        sharding.gathered(base, specs) if stored else base,
         put(batch, divided),
         key,
     )
@@ -138,7 +145,8 @@ def compiled(
     for instruction, _ in hlo.parse(text):
         if match := EXCHANGE.match(instruction.opcode):
             found.setdefault(match[1], []).append(list(instruction.shapes))
-    return Compiled(found, params, specs, adapters, mesh, computing)
+    exchanged = {kind: exchange.bytes for kind, exchange in forecast_hlo.Program(text).collectives().items()}
+    return Compiled(found, params, specs, adapters, mesh, computing, exchanged)
 
 
 def assert_lean(step):

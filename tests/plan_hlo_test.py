@@ -80,3 +80,10 @@ def test_cycles_of_a_fusion_are_its_own():
     assert Program(TEXT).cycles() == 3 * 500 + 40
     assert Program(TEXT.replace("estimated_cycles", "cycles")).cycles() == 0
     assert Program(TEXT.replace('"500"', '"9223372036854775807"')).cycles() == 0  # it does not know
+
+
+def test_of_branches_the_cheapest_counts():
+    rare = "  %y = f32[8]{0} conditional(%one, %m, %m), branch_computations={%fused, %gathering}\n"
+    both = TEXT.replace("  %y = f32[8]{0} get-tuple-element(%loop), index=1\n", rare)
+    assert Program(both).cycles() == Program(TEXT).cycles()
+    assert Program(both.replace("%gathering}", "%fused}")).cycles() == Program(TEXT).cycles() + 7

@@ -36,3 +36,16 @@ def test_data_parallel_adapters_are_all_that_is_summed():
     assert set(step.found) == {"all-gather", "all-reduce", "collective-permute"} and set(whole.found) == {"all-reduce"}
     assert not step.gathered() and step.gathered_whole() == lora.count(step.adapters)
     assert step.total("all-reduce") + step.total("collective-permute") <= lora.count(step.adapters) + 64
+
+
+def test_tokens_travel_to_experts_and_not_these_to_tokens():
+    step, left = (compiled(MOE, f"{axis}=4,data=2", tpu=True) for axis in ("expert", "fsdp"))
+    experts = {n * MOE.dim * MOE.hidden for n in (1, MOE.experts)}
+    assert left.gathered() & experts and not step.gathered() & experts
+    assert 16 * 16 // 2 * MOE.dim in step.gathered()  # the hidden states of all devices along "expert"
+
+
+def test_of_quantised_bases_it_is_codes_that_travel():
+    step, left = (compiled(DENSE, "fsdp=4,tensor=2", nf4=True, stored=stored, tpu=True) for stored in (True, False))
+    assert step.gathered() <= step.base_shards() and not left.gathered() <= left.base_shards()
+    assert step.exchanged["all-gather"] < left.exchanged["all-gather"] / 3

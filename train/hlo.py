@@ -81,23 +81,27 @@ class Program:
     def cycles(self) -> int:
         """The sum of the compiler's estimates; 0 if it gives none, or cannot tell of an instruction.
 
-        Exchanges between chips are not in it.
+        Exchanges between chips are not in it, and of several branches only the cheapest: others are for what is rare,
+        such as more rows for an expert than it has room for.
         """
-        fused = re.compile("fusion|async-")
-        run = [(times, instruction.cycles) for _, instruction, times in self._run(self._entry, 1, fused)]
-        unknown = any(cycles > _ENDLESS for _, cycles in run)
-        return 0 if unknown else sum(times * cycles for times, cycles in run)
+        cycles = self._cycles(self._entry)
+        return 0 if cycles > _ENDLESS else cycles
 
-    def _run(
-        self, name: str, times: int, inside: re.Pattern | None = None
-    ) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
-        """Every instruction that runs, its computation, and how often; without what is inside of such."""
+    def _cycles(self, name: str) -> int:
+        total = 0
+        for instruction in self._computations[name].values():
+            inside = () if re.match("fusion|async-", instruction.opcode) else map(self._cycles, instruction.called)
+            several = min(inside) if instruction.opcode == "conditional" else sum(inside)
+            total += instruction.cycles + self._trips(instruction) * several
+        return total
+
+    def _run(self, name: str, times: int) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
+        """Every instruction that runs, its computation, and how often."""
         computation = self._computations[name]
         for instruction in computation.values():
             yield computation, instruction, times
-            if inside is None or not inside.match(instruction.opcode):
-                for called in instruction.called:
-                    yield from self._run(called, times * self._trips(instruction), inside)
+            for called in instruction.called:
+                yield from self._run(called, times * self._trips(instruction))
 
     def _trips(self, instruction: Instruction) -> int:
         """How often a loop runs: a TPU's does not say it, and counts from 0 to the constant in its condition."""

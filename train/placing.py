@@ -81,7 +81,11 @@ def started(config: Config, shape: DecoderConfig, base: Tree, trainable: Tree) -
     base = jax.device_put(base, sharding.places(base, specs, mesh))
     places, computing = trained(config, base, trainable, specs, mesh)
     trainable = jax.device_put(trainable, places)
-    return base, trainable, functools.partial(jax.lax.with_sharding_constraint, shardings=computing)
+    return (
+        sharding.gathered(base, specs),
+        trainable,
+        functools.partial(jax.lax.with_sharding_constraint, shardings=computing),
+    )
 
 
 def trained(config: Config, base: Tree, trainable: Tree, specs: sharding.Specs, mesh: Mesh) -> tuple[Tree, Tree]:

@@ -112,7 +112,7 @@ def state(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.
         tx, lambda _, place: place, optimizer, where, transform_non_params=lambda _: everywhere
     )
     return {
-        "base": None if base is None else placed(base, sharding.places(base, specs, mesh)),
+        "base": None if base is None else sharding.gathered(placed(base, sharding.places(base, specs, mesh)), specs),
         "adapters": placed(trainable, where),
         "optimizer": placed(optimizer, places),
     }
@@ -160,7 +160,7 @@ def sampling(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: j
     keys_values = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH, heads))
     where = {"k": keys_values, "v": keys_values, "positions": rows, "length": NamedSharding(mesh, PartitionSpec())}
     parts = {
-        "base": placed(model.params, sharding.places(model.params, specs, mesh)),
+        "base": sharding.gathered(placed(model.params, sharding.places(model.params, specs, mesh)), specs),
         "cache": placed(cache, where),
         "batch": jax.ShapeDtypeStruct((config.batch_size, 1), jnp.int32, sharding=rows),
     }
