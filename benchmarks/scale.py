@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +87,9 @@ def main() -> None:
         row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
         if _key(row) not in done:
             print(*row.values(), flush=True)
-            result["rows"].append(row | dataclasses.asdict(compiled(case, kind)))
+            start = time.perf_counter()
+            found = dataclasses.asdict(compiled(case, kind))
+            result["rows"].append(row | found | {"took": round(time.perf_counter() - start)})
             write(result)
 
 

@@ -1,5 +1,6 @@
 """docs/scale.md from benchmarks/results/scale.json."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ CPU for chips that are not there. `python benchmarks/scale.py` compiles what is 
 16 on all linear weights, its factors and moments float32, divided over the mesh; the base is bfloat16, its weights
 divided over it too; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run:
 `python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
+
+Each program took {least} to {most} seconds, half of them less than {median}, on two cores that had other work as well.
 
 GiB on each chip. "Kept" is what the backward pass needs of the forward pass, "other" what else comes and goes.
 """
@@ -62,7 +65,9 @@ def text(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     every = {_key(row): row for row in rows}
     alike = [row for row in rows if row["rows"] == 1 and row["remat"] == "full"]
+    took = [row["took"] for row in rows]
     said = {"length": result["length"], "rows": "one a chip in a step", **result["versions"]}
+    said |= {"least": min(took), "most": max(took), "median": round(statistics.median(took))}
     return "\n".join(
         [
             HEAD.format(**said),

@@ -71,6 +71,7 @@ def placed(kind, line, follow=sharding.FOLLOW):
         sharding.rows(mesh),
     )
     args = [jax.device_put(x, place) for x, place in zip((adapters, params, batch), where, strict=True)]
+    args[1] = sharding.gathered(args[1], specs)
     return config, args, where, mesh
 
 

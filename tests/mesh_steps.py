@@ -1,6 +1,7 @@
 """The real training step of a tiny decoder, compiled for a mesh of eight devices, and what these exchange."""
 
 import functools
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Compiled(NamedTuple):
     adapters: dict
     mesh: jax.sharding.Mesh
     computing: dict
+    kept: dict
     exchanged: dict
 
     def base_shards(self):
@@ -57,8 +59,9 @@ class Compiled(NamedTuple):
         return sum(math.prod(shape) for shapes in self.found.get(operation, []) for shape in shapes)
 
     def gathered(self):
-        """The numbers of elements of what is gathered, but for `gathered_whole`."""
-        return {math.prod(shapes[-1]) for shapes in self.found.get("all-gather", []) if shapes[-1] not in self.whole}
+        """The numbers of elements of what is gathered, but for adapters on their way to where they compute."""
+        known = self.whole | self.halfway
+        return {math.prod(shapes[-1]) for shapes in self.found.get("all-gather", []) if shapes[-1] not in known}
 
     def gathered_whole(self):
         """The elements of all that is gathered as adapters compute, with all layers: of each array, if each is once."""
@@ -67,8 +70,16 @@ class Compiled(NamedTuple):
     @property
     def whole(self):
         """The shapes of a device's part of the adapters where they compute."""
-        arrays, places = jax.tree.leaves(self.adapters), jax.tree.leaves(self.computing)
-        return {place.shard_shape(array.shape) for array, place in zip(arrays, places, strict=True)}
+        return {computing for computing, _ in self._parts()}
+
+    @property
+    def halfway(self):
+        """Those of arrays that are divided along several axes, of which some are gathered and some are not."""
+        return {shape for parts in self._parts() for shape in itertools.product(*zip(*parts, strict=True))} - self.whole
+
+    def _parts(self):
+        arrays, *places = map(jax.tree.leaves, (self.adapters, self.computing, self.kept))
+        return {tuple(p.shard_shape(x.shape) for p in both) for x, *both in zip(arrays, *places, strict=True)}
 
     def adapter_sizes(self):
         """How many elements an array of the adapters, or one layer of it, has, whole or divided."""
@@ -146,7 +157,7 @@ def compiled(
         if match := EXCHANGE.match(instruction.opcode):
             found.setdefault(match[1], []).append(list(instruction.shapes))
     exchanged = {kind: exchange.bytes for kind, exchange in forecast_hlo.Program(text).collectives().items()}
-    return Compiled(found, params, specs, adapters, mesh, computing, exchanged)
+    return Compiled(found, params, specs, adapters, mesh, computing, own, exchanged)
 
 
 def assert_lean(step):
