@@ -9,8 +9,6 @@ Writes benchmarks/results/scale.json and docs/scale.md after each program, and g
 import dataclasses
 import importlib.metadata
 import json
-import platform
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +75,7 @@ MODELS = [case for case in CASES if case.kinds[0] == "lora" and case.rows == 1 a
 
 def main() -> None:
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"length": LENGTH, "rows": [], "between": []}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")}
-    result["versions"] = versions | {"python": platform.python_version()}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     seen = {(model, chips) for model, chips, *_ in result["between"]}
     result["between"] += [between(case) for case in MODELS if (case.model, case.topology) not in seen]
     write(result)
@@ -87,9 +84,7 @@ def main() -> None:
         row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
         if _key(row) not in done:
             print(*row.values(), flush=True)
-            start = time.perf_counter()
-            found = dataclasses.asdict(compiled(case, kind))
-            result["rows"].append(row | found | {"took": round(time.perf_counter() - start)})
+            result["rows"].append(row | dataclasses.asdict(compiled(case, kind)) | versions)
             write(result)
 
 

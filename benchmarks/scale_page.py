@@ -17,7 +17,7 @@ CPU for chips that are not there. `python benchmarks/scale.py` compiles what is 
 divided over it too; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run:
 `python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
 
-Each program took {least} to {most} seconds, half of them less than {median}, on two cores that had other work as well.
+Compiling a program took {least} to {most} seconds of a processor, half of them {median} or less.
 
 GiB on each chip. "Kept" is what the backward pass needs of the forward pass, "other" what else comes and goes.
 """
@@ -65,8 +65,9 @@ def text(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     every = {_key(row): row for row in rows}
     alike = [row for row in rows if row["rows"] == 1 and row["remat"] == "full"]
-    took = [row["took"] for row in rows]
-    said = {"length": result["length"], "rows": "one a chip in a step", **result["versions"]}
+    took = [round(row["compiled"]) for row in rows]
+    said = {"length": result["length"], "rows": "one a chip in a step"}
+    said |= {name: " and ".join(sorted({row[name] for row in rows})) for name in ("jax", "libtpu")}
     said |= {"least": min(took), "most": max(took), "median": round(statistics.median(took))}
     return "\n".join(
         [

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# The threads of eight devices wait for one another; on cores that are busy, for longer than XLA would. A device may wait
-# in several exchanges at once, each in a thread of XLA's pool: where these are as few as devices, for ever.
+# The threads of eight devices wait for one another; on cores that are busy, for longer than XLA would. A device may
+# wait in several exchanges at once, each in a thread of XLA's pool: where these are as few as devices, for ever.
 THREADS = "64"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 

@@ -170,3 +170,30 @@ def test_where_there_is_no_data_a_length_is_needed():
     config.data.length = 8
     with pytest.raises(FileNotFoundError, match=r"llama-9: no such folder .* to plan, also one of llama-3.2-1b, "):
         plan.read(config)
+
+
+class Refusing:
+    """What a compiler that refuses is asked to compile."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def compile(self, options):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.said}")
+
+
+@pytest.mark.parametrize(
+    ("said", "gib", "beside"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5, 0),
+        ("the total memory required for HLO temporaries (54.22G) exceeds available HBM (15.75G)", 54.22, 4000),
+    ],
+    ids=["all", "temporaries"],
+)
+def test_a_compiler_that_refuses_says_what_a_program_would_take(here, said, gib, beside):
+    mesh = sharding.mesh("", here.devices)
+    parts = {"base": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=sharding.rows(mesh))}
+    found = forecast.make(programs.Program(Refusing(said), parts, 1, 0, 1), mesh, here)
+    assert found.peak == pytest.approx(gib * 2**30 + beside, abs=1) and found.arguments is None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 1), mesh, here)

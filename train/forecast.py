@@ -14,7 +14,8 @@ from train import hlo
 from train.programs import Program, bytes_per_chip
 from train.topology import Topology
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")  # where these alone are too many
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TWICE = "all-reduce"  # scatters sums and gathers them: what it exchanges goes over the links twice
 
@@ -91,7 +92,7 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
     try:
         compiled = program.lowered.compile(topology.options)
     except jax.errors.JaxRuntimeError as error:
-        peak = _refused(error)
+        peak = _refused(error, sum(parts.values()))
     else:
         memory, text = compiled.memory_analysis(), _text(compiled)
         arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
@@ -136,9 +137,9 @@ def _text(compiled: Any) -> hlo.Program | None:
         return None
 
 
-def _refused(error: Exception) -> int:
-    """The bytes that the compiler found a program to take, from its refusal."""
-    found = _USED.search(str(error))
-    if not found:
-        raise error
-    return math.ceil(float(found[1]) * _UNITS[found[2]])
+def _refused(error: Exception, held: int) -> int:
+    """The bytes that the compiler found a program to take beside what is held, or with it, from its refusal."""
+    for pattern, more in ((_USED, 0), (_TEMPORARIES, held)):
+        if found := pattern.search(str(error)):
+            return more + math.ceil(float(found[1]) * _UNITS[found[2]])
+    raise error
