@@ -139,6 +139,22 @@ class Checkpoints:
                     f"{self.folder / str(step)}: its {name} is {saved.get(name)}, this run's is "
                     f"{self.identity.get(name)}; go on with the former, or start a new run in another folder"
                 )
+        return self._read(step, like)
+
+    def best(self, like: State) -> State | None:
+        """Reads the best checkpoint, as `best` finds it.
+
+        Args:
+          like: as for `restore`.
+
+        Returns:
+          The state, or None if no checkpoint was measured.
+        """
+        self.wait()
+        step = _agreed(best(self.folder) if _first() else None)
+        return None if step is None else self._read(step, like)
+
+    def _read(self, step: int, like: State) -> State:
         restored = self._orbax.restore(
             self.folder / str(step),
             args=ocp.args.Composite(

@@ -70,6 +70,21 @@ def test_best_checkpoint_and_early_end(tmp_path, capsys):
     assert checkpoint.best(tmp_path / "run" / "checkpoints") == 6
 
 
+@pytest.mark.parametrize(("losses", "best"), [([5.0, 4.0, 2.0, 3.0, 2.5], 2), ([5.0, 4.0, 3.0, 2.0, 1.0], 4)])
+def test_the_best_is_what_is_exported(tmp_path, losses, best):
+    config, exported = tiny_trainer.configured(steps=4, eval__every=1), []
+
+    def export(folder, step, trainable):
+        exported.append((step, np.asarray(trainable["w"])))
+
+    last = tiny_trainer.train(config, tmp_path / "run", evaluations=losses, export=export)
+    ((step, w),) = exported
+    assert step == best
+    config.steps, config.eval.every = best, 0
+    np.testing.assert_array_equal(w, tiny_trainer.train(config, tmp_path / "until"))
+    assert np.array_equal(w, last) == (best == 4)
+
+
 def test_more_may_be_better(tmp_path):
     config = tiny_trainer.configured(steps=4, eval__every=1, eval__higher=True)
     tiny_trainer.train(config, tmp_path / "run", evaluations=[0.0, 1.0, 3.0, 2.0, 1.0])

@@ -51,7 +51,16 @@ class Batches:
 
 
 def train(
-    config, folder, evaluations=None, fail_at=None, added=None, without=(), seconds=0.0, signal_at=(0, 0), stuck=False
+    config,
+    folder,
+    evaluations=None,
+    fail_at=None,
+    added=None,
+    without=(),
+    seconds=0.0,
+    signal_at=(0, 0),
+    stuck=False,
+    export=None,
 ):
     """Trains; `evaluations[step]` is the held-out loss, the update of `fail_at` raises, `stuck` has no gradient."""
     tx = optax.adam(config.optim.lr)
@@ -95,6 +104,7 @@ def train(
         batches=Batches(added or {}, set(without), seconds),
         evaluate=evaluate,
         rate=lambda step: config.optim.lr,
+        export=export,
     )
     return trained["w"]
 

@@ -71,7 +71,7 @@ def run(
       evaluate: numbers of what was trained on what it was not, and samples of what it says, each a dict of texts:
         `question`, `expected` and `said` are shown side by side.
       rate: the learning rate after a number of updates.
-      export: `export(folder, step, trainable)` writes what was trained for other programs, at the end.
+      export: `export(folder, step, trainable)` writes the best of what was trained for other programs, at the end.
 
     Returns:
       What was trained, as the last step left it.
@@ -152,8 +152,10 @@ def run(
                 sys.exit(RESUMABLE)
             progress.skip()
     record.close()
-    if export:
-        export(folder, step, trainable)
+    if export:  # the best, as chat, evaluate and export take it
+        last = checkpoint.State(step, trainable, optimizer, {})
+        exported = None if best.step == step else checkpoints.best(last)
+        export(folder, *(exported or last)[:2])
     if hosts.first():
         report.close(folder, name)
     return trainable
