@@ -74,6 +74,9 @@ def test_parts_of_one_collective_are_one():
     assert Program(twice).collectives()["collective-permute"] == Exchange(3, 3 * SENT)
     other = twice.replace("collective-permute(%x), channel_id=3", "collective-permute(%x), channel_id=5")
     assert Program(other).collectives()["collective-permute"] == Exchange(6, 6 * SENT)
+    # All of a `shard_map` have one channel.
+    named = twice.replace("permute(%x), channel_id=3", 'permute(%x), channel_id=3, metadata={op_name="shard_map/send"}')
+    assert Program(named).collectives()["collective-permute"] == Exchange(6, 6 * SENT)
 
 
 def test_cycles_of_a_fusion_are_its_own():

@@ -14,6 +14,7 @@ _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_SOURCE = re.compile(r'\bop_name="([^"]*)"')
 _ENDLESS = 2**50  # days: what the compiler says of an instruction whose cycles it does not know
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
@@ -28,7 +29,8 @@ class Instruction(NamedTuple):
       called: the computations that it runs.
       condition: the computation that ends a loop.
       trips: how often it runs, where it says so.
-      channel: of a collective; its parts have the same.
+      channel: of a collective; its parts have the same, and all those of `shard_map`s.
+      source: the operation of the program that it is of.
       cycles: the compiler's estimate; 0 where it gives none.
       constant: what it is; 0 for what is no whole number.
     """
@@ -40,6 +42,7 @@ class Instruction(NamedTuple):
     condition: str
     trips: int | None
     channel: str
+    source: str
     cycles: int
     constant: int
 
@@ -70,11 +73,12 @@ class Program:
         found, seen = dict.fromkeys(KINDS, Exchange(0, 0)), set()
         for computation, instruction, times in self._run(self._entry, 1):
             kind = re.sub(r"-start$", "", instruction.opcode)
-            if kind not in found or (instruction.channel and instruction.channel in seen):
-                continue
-            seen.add(instruction.channel)
             given = sum(computation[name].bytes for name in instruction.operands if name in computation)
             got = instruction.bytes - (given if instruction.opcode.endswith("-start") else 0)
+            which = instruction.channel, kind, got, instruction.source
+            if kind not in found or (instruction.channel and which in seen):
+                continue
+            seen.add(which)
             found[kind] = Exchange(found[kind].count + times, found[kind].bytes + times * max(given, got))
         return {kind: exchange for kind, exchange in found.items() if exchange.count}
 
@@ -113,7 +117,8 @@ class Program:
 def _instruction(shape: str, opcode: str, rest: str) -> Instruction:
     operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
     called = () if re.search("-(done|update)$", opcode) else tuple(_called(rest))
-    channel, condition, trips, cycles = (pattern.search(rest) for pattern in (_CHANNEL, _CONDITION, _TRIPS, _CYCLES))
+    patterns = _CHANNEL, _SOURCE, _CONDITION, _TRIPS, _CYCLES
+    channel, source, condition, trips, cycles = (pattern.search(rest) for pattern in patterns)
     number = re.match(r"(\d+)\)", rest) if opcode == "constant" else None
     return Instruction(
         opcode,
@@ -123,6 +128,7 @@ def _instruction(shape: str, opcode: str, rest: str) -> Instruction:
         condition[1] if condition else "",
         int(trips[1]) if trips else None,
         channel[1] if channel else "",
+        source[1] if source else "",
         int(cycles[1]) if cycles else 0,
         int(number[1]) if number else 0,
     )
