@@ -45,3 +45,10 @@ def strict(quick):
 def key():
     """A PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cleared():
+    """A file's programs go with it: each is mapped into memory a few times, and Linux gives a process 65,530 maps."""
+    yield
+    jax.clear_caches()
