@@ -6,8 +6,8 @@ added is the turn. And where a template writes earlier turns otherwise than late
 another content in that turn: what stays the same is what surrounds it.
 """
 
+import bisect
 import datetime
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -78,21 +78,18 @@ def render(format: Format, messages: Sequence[Message], tools: Sequence[Any] = (
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         spans = [writer.turn(messages, text, i) for i in turns]
     encoding = _encode(format, text, add_special_tokens=False)
-    ids = np.array(encoding.ids, np.int32)
-    # A token that begins before the turn cannot be what the model says after the prompt: it is not learned.
-    starts, ends = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
-    stop = np.logical_or.reduce([ids == i for i in format.special.stop], initial=False)
+    ids, offsets = encoding.ids, encoding.offsets
     learn = np.zeros(len(ids), bool)
     for begin, end in spans:
-        inside = (starts >= begin) & (starts < end)
-        stops = np.flatnonzero(inside & stop)
-        if stops.size and marked is None:  # what the template writes after the end of a turn is not said by the model
-            last = stops.size - 1
-            while last and not text[ends[stops[last - 1]] : starts[stops[last]]].strip():  # nor is a second end
-                last -= 1
-            inside[stops[last] + 1 :] = False
-        learn |= inside
-    return ids, learn
+        # A token that begins before the turn cannot be what the model says after the prompt: it is not learned.
+        first, last = (bisect.bisect_left(offsets, (place,)) for place in (begin, end))
+        stops = [i for i in range(first, last) if ids[i] in format.special.stop]
+        if stops and marked is None:  # what the template writes after the end of a turn is not said by the model
+            while len(stops) > 1 and not text[offsets[stops[-2]][1] : offsets[stops[-1]][0]].strip():
+                stops.pop()  # nor is a second end
+            last = stops[-1] + 1
+        learn[first:last] = True
+    return np.array(ids, np.int32), learn
 
 
 def plain(format: Format, text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -96,8 +96,8 @@ def fit(examples: Iterable[Tokens], length: int, truncate: bool = False) -> tupl
     """
     kept, long = [], []
     for example in examples:
-        if example.learn[1:].any():
-            example = _cut(example, int(np.flatnonzero(example.learn)[-1]))
+        if last := _last(example):
+            example = _cut(example, last)
         else:
             raise ValueError(
                 f"{example.name}: nothing to learn from: no token of it is said by the assistant; remove it, "
@@ -109,6 +109,11 @@ def fit(examples: Iterable[Tokens], length: int, truncate: bool = False) -> tupl
         else:
             (long if example.inputs > length else kept).append(example)
     return kept, long
+
+
+def _last(example: Tokens) -> int:
+    """How many inputs there are up to the last id to learn."""
+    return len(example.learn) - 1 - int(example.learn[::-1].argmax()) if example.learn.any() else 0
 
 
 def _cut(example: Tokens, inputs: int) -> Tokens:
@@ -173,7 +178,7 @@ def batch(rows: Sequence[Row], length: int) -> Batch:
 
 def longest(examples: Iterable[Tokens]) -> int:
     """The inputs of the longest example, up to its last id to learn."""
-    return max((int(example.learn.nonzero()[0].max(initial=0)) for example in examples), default=0)
+    return max(map(_last, examples), default=0)
 
 
 def most_learned(rows: Iterable[Row]) -> int:

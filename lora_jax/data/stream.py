@@ -8,8 +8,9 @@ Shapes: B rows, T inputs in a row.
 
 import array
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -17,7 +18,8 @@ import numpy as np
 from lora_jax.data import chat, kinds, packing, sources
 
 LOOK = 1000  # examples that are looked at before training
-BINS = 64  # rows that are filled at once when examples are packed
+READ = 16  # examples that are read at once
+WINDOW = 512  # pieces of examples that are packed together
 
 
 class Index(NamedTuple):
@@ -120,11 +122,11 @@ class Stream:
 
 
 class _Each(grain.experimental.FlatMapTransform):
-    """Pieces one after the other, as what Grain packs."""
+    """What is in lists, one after the other."""
 
-    def flat_map(self, pieces: list[packing.Tokens]) -> list[dict[str, np.ndarray]]:
-        """The arrays of a batch, of one example each."""
-        return [{"tokens": e.ids[:-1], "targets": e.ids[1:], "weights": e.learn[1:].astype(np.float32)} for e in pieces]
+    def flat_map(self, element: list) -> list:
+        """As they are."""
+        return element
 
 
 def iterate(
@@ -143,38 +145,39 @@ def mix(
       parts: streams of rows of one length, and how often a row of one comes, relative to those of the others.
       batch_size: B.
       seed: of the order.
-      pack: put several examples of a stream into a row, each where it leaves the least room, `BINS` rows at a time.
-      part: the rows of each batch to give, as for `packing.iterate`. What is in a row depends on those before it, so
+      pack: put several examples of a stream into a row, as `packing.rows`, `WINDOW` pieces of them at a time.
+      part: the rows of each batch to write, as for `packing.iterate`. What is in a row depends on those before it, so
         that all examples are read to make any part of the batches.
 
     Returns:
       A Grain iterator: its `get_state()` and `set_state(...)` remember and restore the place.
     """
+    length = parts[0][0].length
     datasets = [_rows(stream, seed + i, pack) for i, (stream, _) in enumerate(parts)]
     dataset = datasets[0]
     if len(parts) > 1:
         dataset = grain.IterDataset.mix(datasets, [weight for _, weight in parts])
-    return iter(dataset.batch(batch_size, drop_remainder=True).map(lambda batch: _named(batch, part)))
+    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=lambda rows: packing.batch(rows[part], length))
+    # One thread makes whole batches: handing over every example costs half as much again as making it.
+    return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4))
 
 
 def _rows(stream: Stream, seed: int, pack: bool) -> grain.IterDataset:
     examples = grain.MapDataset.source(stream).seed(seed).shuffle().repeat()
-    pieces = examples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
-    pieces = grain.experimental.FlatMapIterDataset(pieces, _Each())
-    lengths = dict.fromkeys(("tokens", "targets", "weights"), stream.length)
-    return grain.experimental.BestFitPackIterDataset(
-        pieces,
-        length_struct=lengths,
-        num_packing_bins=BINS if pack else 1,
-        max_sequences_per_bin=None if pack else 1,
-        seed=seed,
-    )
+    read = examples.batch(READ, batch_fn=lambda lists: [*itertools.chain.from_iterable(lists)])
+    pieces = _each(read.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    if not pack:
+        return pieces.map(lambda piece: [piece])
+
+    def packed(window: list[packing.Tokens], rng: np.random.Generator) -> list[packing.Row]:
+        rows = packing.rows(window, stream.length, pack=True)
+        return [rows[i] for i in rng.permutation(len(rows))]  # not the longest first
+
+    return _each(pieces.seed(seed).batch(WINDOW, batch_fn=list).random_map(packed))
 
 
-def _named(batch: dict[str, Any], part: slice) -> packing.Batch:
-    batch = {name: x[part] for name, x in batch.items()}
-    arrays = {name: batch[name] for name in ("tokens", "targets", "weights")}
-    return arrays | {"segments": batch["tokens_segment_ids"], "positions": batch["tokens_positions"]}
+def _each(dataset: grain.IterDataset) -> grain.IterDataset:
+    return grain.experimental.FlatMapIterDataset(dataset, _Each())
 
 
 def _hash(seed: int, text: str) -> int:
