@@ -50,9 +50,9 @@ EXCHANGED = """
 ## What chips exchange in a step
 
 Bytes on each chip, collectives in loops as often as these run. XLA for TPU turns many gathers into permutes around
-the ring, and for v5p into sums. Least times are those of the products at the chip's peak and of the exchanges over all of its links; the
-compiler's own estimate is of everything but exchanges. Where a plan says how many tokens it makes an hour, it takes
-the longest of them.
+the ring, and for v5p into sums. Least times are those of the products at the chip's peak and of the exchanges over
+all of its links; the compiler's own estimate is of everything but exchanges. Where a plan says how many tokens it
+makes an hour, it takes the longest of them.
 """
 
 
