@@ -137,7 +137,8 @@ def _spec(
 def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:
     """Where every array of a base is.
 
-    Of a quantised weight, codes and scales are divided as the weight; what has not its axes is small, and everywhere.
+    Of a quantised weight the codes are divided as the weight, and its scales as far as the blocks can be; what has not
+    its axes is small, and everywhere.
 
     Args:
       params: arrays, or anything with their shapes.
@@ -148,19 +149,24 @@ def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:
       A tree of `NamedSharding`, as `jax.device_put` and `jax.jit` take it.
 
     Raises:
-      ValueError: if the blocks of a quantised weight cannot be divided as the weight.
+      ValueError: if the codes of a quantised weight cannot be divided as the weight.
     """
 
     def place(path: str, leaf: Any) -> Any:
+        largest = max(math.prod(array.shape) for array in jax.tree.leaves(leaf))
+
         def one(array: Any) -> NamedSharding:
             spec = specs[path] if len(array.shape) == len(leaf.shape) else PartitionSpec()
-            for axis, size in zip(spec, array.shape, strict=False):
-                if axis and size % mesh.shape[axis]:
-                    raise ValueError(
-                        f"{path!r} {list(leaf.shape)} is quantised, and {size} codes or blocks along an axis cannot be "
-                        f"divided by {axis}={mesh.shape[axis]}; leave it as it is, or choose another mesh"
-                    )
-            return NamedSharding(mesh, spec)
+            uneven = {
+                axis: size for axis, size in zip(spec, array.shape, strict=False) if axis and size % mesh.shape[axis]
+            }
+            if uneven and math.prod(array.shape) == largest:
+                axis, size = next(iter(uneven.items()))
+                raise ValueError(
+                    f"{path!r} {list(leaf.shape)} is quantised, and its {size} codes along an axis cannot be divided "
+                    f"by {axis}={mesh.shape[axis]}; leave it as it is, or choose another mesh"
+                )
+            return NamedSharding(mesh, PartitionSpec(*(None if axis in uneven else axis for axis in spec)))
 
         return jax.tree.map(one, leaf)
 

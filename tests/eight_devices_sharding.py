@@ -21,7 +21,12 @@ MANY = dataclasses.replace(MOE, dim=64, hidden=64, layers=1, experts=8)
 CONFIGS = {"moe": MOE, "nf4 moe": MOE, "crowded": MANY}
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
 EXPERTS = ("data=8", "fsdp=8", "fsdp=2,tensor=4", "expert=4,data=2", "expert=2,fsdp=2,tensor=2")
-BLOCKS = ("data=8", "fsdp=4,data=2", "tensor=8", "data=2,fsdp=2,tensor=2")  # of 64: 256 inputs have four
+BLOCKS = (
+    "data=8",
+    "fsdp=8",
+    "tensor=8",
+    "data=2,fsdp=2,tensor=2",
+)  # of 64: 256 inputs have four, which eight divide not
 CASES = [
     *(("dense", mesh, ()) for mesh in MESHES),
     *(("moe", mesh, ()) for mesh in EXPERTS),

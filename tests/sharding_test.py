@@ -139,17 +139,20 @@ def test_a_word_that_is_no_side(key):
         sharding.adapter_places({}, {}, abstract(), ("in",))
 
 
-def test_blocks_that_cannot_be_divided():
+def test_codes_are_divided_and_scales_where_they_can_be():
     sites = lora.trace(f, params(), jnp.ones((3, 128)))
-    stored, mesh = quantize(params(), sites, {"up": "nf4"}), abstract(fsdp=4)
-    specs = sharding.specs(stored, NAMES, (("F", "fsdp"),), mesh)
-    assert {place.spec for place in jax.tree.leaves(sharding.places(stored, specs, mesh)["up"])} == {
-        P(None, None, "fsdp"),
-        P(),
-    }
-    specs = sharding.specs(stored, NAMES, (("D", "fsdp"),), mesh)
-    with pytest.raises(ValueError, match=r"'up' \[2, 128, 512\] is quantised, and 2 codes or blocks .* by fsdp=4"):
-        sharding.places(stored, specs, mesh)
+    stored = quantize(params(), sites, {"up": "nf4"})  # of 128 inputs, two blocks of 64, two codes a byte
+
+    def up(rule, size):
+        mesh = abstract(fsdp=size)
+        places = sharding.places(stored, sharding.specs(stored, NAMES, (rule,), mesh), mesh)["up"]
+        return [place.spec for place in (places.codes, *jax.tree.leaves(places.scales))]
+
+    assert up(("F", "fsdp"), 4) == [P(None, None, "fsdp"), P(None, None, "fsdp"), P(), P()]
+    assert up(("D", "fsdp"), 2) == [P(None, "fsdp", None), P(None, "fsdp", None), P(), P()]
+    assert up(("D", "fsdp"), 4) == [P(None, "fsdp", None), P(None, None, None), P(), P()]
+    with pytest.raises(ValueError, match=r"'up' \[2, 128, 512\] is quantised, and its 64 codes .* by fsdp=128"):
+        up(("D", "fsdp"), 128)
 
 
 def test_the_decoder_holds_rows_where_there_is_a_mesh_and_only_there():
