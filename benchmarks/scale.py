@@ -76,8 +76,9 @@ MODELS = [case for case in CASES if case.kinds[0] == "lora" and case.rows == 1 a
 def main() -> None:
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"length": LENGTH, "rows": [], "between": []}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    seen = {(model, chips) for model, chips, *_ in result["between"]}
-    result["between"] += [between(case) for case in MODELS if (case.model, case.topology) not in seen]
+    each = [between(case) for case in MODELS]
+    each += [between(case, n) for case in MODELS if (n := architectures.decoder(case.model).active_experts)]
+    result["between"] = each
     write(result)
     done = {_key(row) for row in result["rows"]}
     for case, kind in [(one, kind) for one in CASES for kind in one.kinds]:
@@ -93,17 +94,23 @@ def write(result: dict) -> None:
     PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
 
 
-def between(case: Case) -> tuple[str, str, str, str]:
-    """What stays on a chip between two steps, against the base: factors divided, and whole on every chip."""
+def between(case: Case, experts: int = 1) -> tuple[str, str, str, str]:
+    """What stays on a chip between two steps, against the base: factors divided, and whole on every chip.
+
+    Args:
+      case: of its model, topology and mesh.
+      experts: by which the rank is divided for each of them.
+    """
     where = topology.get(case.topology)
     mesh, ratios = sharding.mesh(case.line, where.devices), []
     for divide in (True, False):
         config = scale.get_config()
-        config.model, config.sharding.divide = case.model, divide
+        config.model, config.sharding.divide, config.lora.active_experts = case.model, divide, experts
         parts = programs.state(config, architectures.decoder(case.model), mesh, jnp.bfloat16)
         base = programs.bytes_per_chip(parts["base"])
         ratios.append(f"{programs.bytes_per_chip(parts) / base:.3f}")
-    return case.model, case.topology, ratios[0], ratios[1]
+    model = case.model if experts == 1 else f"{case.model}, an expert's rank 16 / {experts}"
+    return model, case.topology, ratios[0], ratios[1]
 
 
 def compiled(case: Case, kind: str) -> forecast.Forecast:

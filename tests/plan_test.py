@@ -172,6 +172,16 @@ def test_where_there_is_no_data_a_length_is_needed():
         plan.read(config)
 
 
+@pytest.mark.parametrize("active", [1, 2])
+def test_an_experts_rank_is_divided_by_those_that_are_active(active):
+    shape = dataclasses.replace(TINY, family="mixtral", experts=4, active_experts=2)
+    config = configured(model="qwen3-30b-a3b")
+    config.lora.rank, config.lora.active_experts = 4, active
+    adapters = programs.state(config, shape, sharding.mesh(""), jnp.float32)["adapters"]
+    assert adapters["layers/gate_proj/kernel"].a.shape[-1] == 4 // active
+    assert adapters["layers/q_proj/kernel"].a.shape[-1] == 4
+
+
 class Refusing:
     """What a compiler that refuses is asked to compile."""
 

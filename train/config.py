@@ -50,6 +50,7 @@ def common() -> Config:
         "exclude": (),  # regular expressions of weights to leave out
         "also": (),  # regular expressions of leaves that are trained whole: norms, biases, a head
         "rank": 0,  # of the factors; for "prompt" and "prefix", trained tokens; 0: the method's own
+        "active_experts": 1,  # how many a token is sent to: an expert's factors have the rank divided by it
         "alpha": 32.0,  # the product of the factors is scaled by alpha / rank
         "dropout": 0.0,  # share of the factors' input that is dropped
         "init": "",  # "uniform", "normal", "orthogonal", "pissa", "olora"; empty: the method's own
