@@ -38,7 +38,7 @@ TIERS = """
 ## Tiers of remat
 
 Llama 3.1 8B on one H100, a row in a step. The compiler that is there without a GPU has no cuDNN: attention is
-computed in chunks.
+computed in chunks. Full fine-tuning is with full remat.
 """
 WITHIN = """
 ## Only slightly larger than sampling?
@@ -81,7 +81,9 @@ def text(result: Mapping[str, Any]) -> str:
             BESIDE.format(**said),
             markdown(("model", "chips", "LoRA / sampling", "LoRA / full"), list(_beside(alike, every))),
             TIERS,
-            markdown(("remat", "kept", "other", "peak", "FLOPs"), list(_tiers(rows))),
+            markdown(
+                ("remat", "kept", "other", "peak", "LoRA / sampling", "LoRA / full", "FLOPs"), list(_tiers(rows, every))
+            ),
             WITHIN,
             markdown(("rows", "sampling", "LoRA", "LoRA / sampling"), list(_within(rows, every))),
             _largest(rows, every),
@@ -122,12 +124,15 @@ def _beside(rows: Sequence[Row], every: Mapping[tuple, Row]):
                 yield [row["model"], row["topology"], *ratios]
 
 
-def _tiers(rows: Sequence[Row]):
+def _tiers(rows: Sequence[Row], every: Mapping[tuple, Row]):
     for row in rows:
         if _on_one(row) and row["kind"] == "lora" and row["rows"] == 1:
             parts = row["bytes"]
             sizes = (parts["activations"], parts["temporaries"], row["peak"])
-            yield [row["remat"], *map(_gib, sizes), f"{row['flops']:.3g}"]
+            alike = row | {"remat": "full"}  # neither sampling nor full fine-tuning was compiled with another
+            others = [every.get(_key(alike | {"kind": kind})) for kind in ("sampling", "full")]
+            ratios = [f"{row['peak'] / other['peak']:.2f}" if other else "" for other in others]
+            yield [row["remat"], *map(_gib, sizes), *ratios, f"{row['flops']:.3g}"]
 
 
 def _within(rows: Sequence[Row], every: Mapping[tuple, Row]):
