@@ -113,6 +113,7 @@ def evaluations(folder):
     return [line for line in loop.read(folder / "metrics.jsonl") if "heldout_loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(model, tmp_path, capsys):
     config = configured(model, tmp_path, steps=12)
     dpo.train(config, tmp_path / "run", "tiny")

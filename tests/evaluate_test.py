@@ -89,6 +89,7 @@ def test_choices_by_likelihood(model, tmp_path):
     assert likely != normalised and 0 < sum(normalised) < len(CHOICES)
 
 
+@pytest.mark.slow
 def test_answers_are_scored_by_rewards(model, tmp_path):
     m = hf.load(model)
     settings = asked(tmp_path, SUMS)

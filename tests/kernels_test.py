@@ -85,6 +85,7 @@ def test_cudnn_is_called_by_the_program_for_a_gpu(monkeypatch, packed):
     assert called(attention.causal) == []
 
 
+@pytest.mark.slow
 def test_a_lifted_decoder_with_splash(monkeypatch):
     monkeypatch.setattr(kernels, "splash", interpreted)
     rng = np.random.default_rng(0)
