@@ -44,12 +44,17 @@ def test_bytes_on_disk(tmp_path, capsys):
         assert plain[path].scale == found[path].scale and np.abs(found[path].b).max() > 0
 
 
-@pytest.mark.parametrize(("method", "said"), [("bottleneck", "not written: the adapter of"), ("full", "")])
-def test_where_there_is_no_such_adapter(method, said, model, tmp_path, capsys):
-    base, trained, _ = tiny_run.write(tmp_path / "run", model, method)
+@pytest.mark.parametrize(("method", "writes"), [("full", False), ("lora", True)])
+def test_of_a_run_that_trains_everything_there_is_no_adapter(method, writes, model, tmp_path):
     config = sft_test.configured(model, tmp_path, method=method)
-    adapter.write(tmp_path / "run", 6, trained, config=config, model=hf.load(model), base=base)
-    assert said in capsys.readouterr().out
+    assert (adapter.writer(config, hf.load(model), None) is not None) == writes
+
+
+def test_where_peft_has_no_such_adapter(model, tmp_path, capsys):
+    base, trained, _ = tiny_run.write(tmp_path / "run", model, "bottleneck")
+    config = sft_test.configured(model, tmp_path, method="bottleneck")
+    adapter.writer(config, hf.load(model), base)(tmp_path / "run", 6, trained)
+    assert "not written: the adapter of" in capsys.readouterr().out
     assert not (tmp_path / "run" / adapter.FOLDER).exists()
 
 

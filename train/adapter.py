@@ -1,7 +1,9 @@
 """What a run trained, apart from all that going on takes: an adapter in PEFT's files, with a card."""
 
+import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Tree = Any
 
 
+def writer(config: Config, model: Checkpoint, base: Tree) -> Callable[[Path, int, Tree], None] | None:
+    """`write` for a run, as `run` takes it; None where every parameter is trained: there is no adapter then."""
+    return None if config.method == "full" else functools.partial(write, config=config, model=model, base=base)
+
+
 def write(folder: Path, step: int, trainable: Tree, *, config: Config, model: Checkpoint, base: Tree) -> None:
     """Writes the adapter of a run into its folder, whole or not at all, or says why PEFT has no such adapter.
-
-    Where every parameter was trained there is none.
 
     Args:
       folder: of the run.
@@ -31,8 +36,6 @@ def write(folder: Path, step: int, trainable: Tree, *, config: Config, model: Ch
       model: what was loaded for it.
       base: what was trained over; the model's parameters, but for LoftQ.
     """
-    if config.method == "full":
-        return
     trainable, whole = hosts.whole(trainable), folder / FOLDER
     with tempfile.TemporaryDirectory() as elsewhere:
         # Every host takes part, since the base's fingerprint may be read from all of them; the first one's files count.

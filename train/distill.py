@@ -118,7 +118,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         ),
         evaluate=evaluate,
         rate=rate,
-        export=functools.partial(adapter.write, config=config, model=model, base=base),
+        export=adapter.writer(config, model, base),
     )
 
 

@@ -120,7 +120,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         batches=pairs.batches(data, config.batch_size, config.seed, write),
         evaluate=evaluate,
         rate=rate,
-        export=functools.partial(adapter.write, config=config, model=model, base=base),
+        export=adapter.writer(config, model, base),
     )
 
 

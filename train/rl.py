@@ -113,7 +113,7 @@ def train(config: Config, folder: Path, name: str) -> None:
             batches=rollout.iterate(prompts.training, config.sampler.prompts, config.seed),
             evaluate=evaluate,
             rate=lambda step: rate(several * step),
-            export=functools.partial(adapter.write, config=config, model=model, base=base),
+            export=adapter.writer(config, model, base),
         )
 
 

@@ -100,7 +100,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         batches=hosts.Joined(data.batches(config.batch_size, config.seed), config.batch_size),
         evaluate=evaluate,
         rate=rate,
-        export=functools.partial(adapter.write, config=config, model=model, base=base),
+        export=adapter.writer(config, model, base),
     )
 
 
