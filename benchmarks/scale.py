@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from benchmarks import scale_page
 from configs import scale
@@ -76,8 +77,9 @@ MODELS = [case for case in CASES if case.kinds[0] == "lora" and case.rows == 1 a
 def main() -> None:
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"length": LENGTH, "rows": [], "between": []}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    each = [between(case) for case in MODELS]
-    each += [between(case, n) for case in MODELS if (n := architectures.decoder(case.model).active_experts)]
+    each = [(case.model, case.topology, *between(case)) for case in MODELS]
+    moe = [case for case in MODELS if architectures.decoder(case.model).experts]
+    each += [(f"{case.model}, an expert's rank 16", case.topology, *between(case, active_experts=1)) for case in moe]
     result["between"] = each
     write(result)
     done = {_key(row) for row in result["rows"]}
@@ -94,32 +96,43 @@ def write(result: dict) -> None:
     PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
 
 
-def between(case: Case, experts: int = 1) -> tuple[str, str, str, str]:
-    """What stays on a chip between two steps, against the base: factors divided, and whole on every chip.
+def between(case: Case, **lora: int) -> tuple[str, str, str]:
+    """What stays on a chip between two steps, against the base.
 
     Args:
       case: of its model, topology and mesh.
-      experts: by which the rank is divided for each of them.
+      lora: settings of it to change.
+
+    Returns:
+      Factors and moments divided; whole on every chip; divided, with both moments in float32.
     """
     where = topology.get(case.topology)
     mesh, ratios = sharding.mesh(case.line, where.devices), []
-    for divide in (True, False):
-        config = scale.get_config()
-        config.model, config.sharding.divide, config.lora.active_experts = case.model, divide, experts
+    for divide, dtype in ((True, "bfloat16"), (False, "bfloat16"), (True, "")):
+        config = settings(case)
+        config.sharding.divide, config.optim.mu_dtype = divide, dtype
+        config.lora.update(lora)
         parts = programs.state(config, architectures.decoder(case.model), mesh, jnp.bfloat16)
         base = programs.bytes_per_chip(parts["base"])
         ratios.append(f"{programs.bytes_per_chip(parts) / base:.3f}")
-    model = case.model if experts == 1 else f"{case.model}, an expert's rank 16 / {experts}"
-    return model, case.topology, ratios[0], ratios[1]
+    return tuple(ratios)
+
+
+def settings(case: Case) -> ConfigDict:
+    """A case's, without its rows; an expert's rank is divided by those of a token."""
+    config = scale.get_config()
+    config.update({"model": case.model, "mesh": case.line, "remat": case.remat})
+    config.lora.active_experts = max(1, architectures.decoder(case.model).active_experts)
+    return config
 
 
 def compiled(case: Case, kind: str) -> forecast.Forecast:
     where = topology.get(case.topology)
     mesh = sharding.mesh(case.line, where.devices)
     rows = case.rows * programs.row_parts(mesh)
-    config = scale.get_config()
-    config.update({"model": case.model, "mesh": case.line, "remat": case.remat, "batch_size": rows})
-    config.loss_chunk, config.eval.batch_size = rows * CHUNK, rows
+    config = settings(case)
+    config.batch_size = config.eval.batch_size = rows
+    config.loss_chunk = rows * CHUNK
     config.method = "full" if kind == "full" else "lora"
     config.quantize = kind.removeprefix("lora on ") if kind.startswith("lora on ") else ""
     shape = plan.attending(config, architectures.decoder(case.model), where, jnp.bfloat16)

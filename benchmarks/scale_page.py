@@ -13,9 +13,10 @@ HEAD = """# Large models on chips, before they are rented
 What a training step takes of each chip, by the chip's own compiler: the step that `train/sft.py` runs, compiled on a
 CPU for chips that are not there. `python benchmarks/scale.py` compiles what is missing in
 `benchmarks/results/scale.json` and writes this page. Rows are of {length:,} tokens, packed, {rows}; LoRA is of rank
-16 on all linear weights, its factors and moments float32, divided over the mesh; the base is bfloat16, its weights
-divided over it too; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run:
-`python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
+16 on all linear weights, or of 16 divided by a token's experts on each of them; its factors are float32, Adam's mean
+of gradients bfloat16 (`optim.mu_dtype`), that of squares float32, all divided over the mesh; the base is bfloat16,
+its weights divided over it too; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of
+your own run: `python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
 
 Compiling a program took {least} to {most} seconds of a processor, half of them {median} or less.
 
@@ -26,13 +27,13 @@ BETWEEN = """
 
 The base, the factors and their moments, against the base alone, as sampling has it: bytes on each chip, by
 arithmetic. Factors and moments are divided over the mesh and gathered once in a step, or whole on every chip
-(`sharding.divide=False`).
+(`sharding.divide=False`), or divided with both moments in float32 (`optim.mu_dtype=""`, the default).
 """
 BESIDE = """
 ## Beside sampling and full fine-tuning
 
 The peak of a step against that of sampling one token for as many rows, with a key/value cache of {length:,} tokens a
-row, and against that of training all parameters in float32 with Adam.
+row, and against that of training all parameters in float32 with the same Adam.
 """
 TIERS = """
 ## Tiers of remat
@@ -77,7 +78,7 @@ def text(result: Mapping[str, Any]) -> str:
                 [_sizes(row) for row in sorted(alike, key=lambda row: (row["model"], row["topology"]))],
             ),
             BETWEEN,
-            markdown(("model", "chips", "divided", "on every chip"), result["between"]),
+            markdown(("model", "chips", "divided", "on every chip", "divided, float32"), result["between"]),
             BESIDE.format(**said),
             markdown(("model", "chips", "LoRA / sampling", "LoRA / full"), list(_beside(alike, every))),
             TIERS,

@@ -17,6 +17,7 @@ def get_config():
     config.batch_size = 16
     config.eval.batch_size = 16
     config.lora.rank = 16
+    config.optim.mu_dtype = "bfloat16"  # else a 1B model keeps 1.055 of its base between steps
     config.remat = "full"
     config.loss_chunk = 16 * 512
     config.mesh = "fsdp=-1"

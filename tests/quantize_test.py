@@ -177,8 +177,8 @@ def live():
 
 
 def test_loading_never_holds_the_model_as_floats(quick, tmp_path, monkeypatch):
-    folder = tiny.write(tmp_path / "model", hidden_size=128, intermediate_size=512, num_hidden_layers=12)
-    one_layer = 4 * 128 * 512
+    folder = tiny.write(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    one_layer = 4 * 256 * 1024  # large beside what Python itself takes for tracing
     rules = {"all-linear": "nf4"}
     hf.load(folder, quantize=rules)  # what is compiled once is not counted
     read, seen = safetensors.Files.tensor, []
@@ -202,4 +202,5 @@ def test_loading_never_holds_the_model_as_floats(quick, tmp_path, monkeypatch):
     quantised, small = held(quantize=rules)
     assert small < size / 5
     assert floats > 0.9 * size
-    assert quantised < small + 4 * one_layer  # of the twelve in a stacked parameter
+    # Of the twelve in a stacked parameter: one as read, one as floats, one quantised; a buffer may be freed a moment late.
+    assert quantised < small + 5 * one_layer

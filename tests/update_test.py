@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import lora_jax as lora
 from train import config as settings
 from train import methods, update
 
@@ -85,8 +86,6 @@ def applied(config, trainable, gradient):
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora+"])
 def test_weight_decay_is_for_matrices_alone_and_off_by_default(method):
-    import lora_jax as lora
-
     params = {"kernel": jnp.full((8, 4), 2.0), "norm": {"scale": jnp.full((4,), 2.0)}, "bias": jnp.full((4,), 2.0)}
     if method == "full":
         trainable = params
@@ -130,3 +129,40 @@ def test_clipping_and_memory_are_the_config_s():
     for scale in (1.0, 0.01, 0.1):
         got, state = free.update({"w": scale * gradient["w"]}, state, trainable)
     assert not np.allclose(got["w"], want["w"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora+"])
+def test_the_mean_of_gradients_may_be_kept_in_bfloat16(method):
+    """Updates are those of Adam in float64 but for bfloat16's rounding, and the optimizer keeps a quarter less."""
+    rng, steps = np.random.default_rng(0), 30
+    if method == "full":
+        trainable = {"w": jnp.zeros((8, 4))}
+    else:
+        params = {"w": jnp.ones((8, 4))}
+        sites = lora.trace(lambda p, x: x @ p["w"], params, jnp.ones((1, 8)))
+        trainable = lora.init(jax.random.key(0), params, sites, lora.Spec(lora.Rule("w", rank=2)))
+    gradients = [
+        jax.tree.map(lambda x: rng.normal(0.3, 1, x.shape).astype(np.float32), trainable) for _ in range(steps)
+    ]
+
+    def run(mu_dtype):
+        config = configured(mu_dtype=mu_dtype, clip=0.0)
+        config.method = method
+        tx = methods.optimizer(config, trainable, lambda step: 0.1)
+        state = tx.init(trainable)
+        for gradient in gradients:
+            moved, state = tx.update(gradient, state, trainable)
+        return jax.tree.leaves(moved), sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+
+    (rounded, less), (exact, whole) = run("bfloat16"), run("")
+    assert less == 0.75 * whole
+    for i, (got, near) in enumerate(zip(rounded, exact, strict=True)):
+        series = np.stack([np.float64(jax.tree.leaves(gradient)[i]) for gradient in gradients])
+        decay = np.arange(steps)[::-1].reshape(-1, *[1] * got.ndim)
+        mean = (0.1 * 0.9**decay * series).sum(0) / (1 - 0.9**steps)
+        square = (0.001 * 0.999**decay * series**2).sum(0) / (1 - 0.999**steps)
+        update = -0.1 * (16 if method == "lora+" and i == 1 else 1) * mean / (np.sqrt(square) + 1e-8)
+        np.testing.assert_allclose(near, update, rtol=1e-3, atol=1e-5)
+        # A mean is rounded twice a step to 2^-9 of it, and remembers ten steps.
+        np.testing.assert_allclose(got, update, rtol=0, atol=10 * 2 * 2**-9 * abs(update).max())
+        assert np.any(got != near)

@@ -68,6 +68,7 @@ def common() -> Config:
         "weight_decay": 0.0,  # AdamW's, of factors and whole matrices; best left at 0 for factors
         "b1": 0.9,  # memory of the mean of gradients
         "b2": 0.999,  # memory of the mean of their squares
+        "mu_dtype": "",  # the mean of gradients is kept in it, such as "bfloat16"; empty: as what is trained
     }
     config.eval = {
         "every": 0,  # steps between evaluations; 0: before and after only
@@ -139,7 +140,7 @@ def check_common(config: Config) -> None:
     """
     choices = {"dtype": ("", "float32", "bfloat16"), "optim.schedule": tuple(SCHEDULES), "method": tuple(METHODS)}
     choices |= {"remat": tuple(decoder.REMAT), "attention": ("auto", *kernels.KINDS)}
-    choices |= {"quantize": ("", *FORMATS), "guard.then": ("stop", "skip")}
+    choices |= {"quantize": ("", *FORMATS), "guard.then": ("stop", "skip"), "optim.mu_dtype": choices["dtype"]}
     for name, allowed in choices.items():
         if _get(config, name) not in allowed:
             raise ValueError(f"config.{name}={_get(config, name)!r} is not one of {', '.join(map(repr, allowed))}")

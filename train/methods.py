@@ -221,7 +221,12 @@ def optimizer(config: Config, trainable: Tree, rate: Callable[[Any], Any]) -> op
     """
     settings = config.optim
     adam = functools.partial(
-        optax.adamw, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=_decayed
+        optax.adamw,
+        b1=settings.b1,
+        b2=settings.b2,
+        mu_dtype=settings.mu_dtype or None,
+        weight_decay=settings.weight_decay,
+        mask=_decayed,
     )
     clip = optax.clip_by_global_norm(settings.clip) if settings.clip else optax.identity()
     return optax.chain(clip, _own(config, trainable, adam, rate))
