@@ -202,5 +202,5 @@ def test_loading_never_holds_the_model_as_floats(quick, tmp_path, monkeypatch):
     quantised, small = held(quantize=rules)
     assert small < size / 5
     assert floats > 0.9 * size
-    # Of the twelve in a stacked parameter: one as read, one as floats, one quantised; a buffer may be freed a moment late.
+    # Of the twelve in a stacked parameter: one as read, one as floats, one quantised; one may be freed a moment late.
     assert quantised < small + 5 * one_layer
