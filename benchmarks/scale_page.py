@@ -8,6 +8,7 @@ from train.plan_table import markdown
 from train.topology import GIB
 
 Row = Mapping[str, Any]
+TIERED = "llama-3.1-8b"  # at every tier of remat, and with more rows
 HEAD = """# Large models on chips, before they are rented
 
 What a training step takes of each chip, by the chip's own compiler: the step that `train/sft.py` runs, compiled on a
@@ -33,19 +34,21 @@ BESIDE = """
 ## Beside sampling and full fine-tuning
 
 The peak of a step against that of sampling one token for as many rows, with a key/value cache of {length:,} tokens a
-row, and against that of training all parameters in float32 with the same Adam.
+row, and against that of training all parameters, these and both moments in float32. In brackets, where activations
+are sent to the host's memory (`remat="offload"`), which divides nothing among chips.
 """
 TIERS = """
 ## Tiers of remat
 
-Llama 3.1 8B on one H100, a row in a step. The compiler that is there without a GPU has no cuDNN: attention is
-computed in chunks. Full fine-tuning is with full remat.
+Llama 3.1 8B, a row in a step, on one H100 and on each chip of a slice. The compiler that is there without a GPU has
+no cuDNN: attention is computed in chunks. Full fine-tuning is with full remat. The least time to the host's memory
+and back is that of the bus, one way after the other; what is computed meanwhile hides it or does not.
 """
 WITHIN = """
 ## Only slightly larger than sampling?
 
-The claim that LoRA's layout is only slightly larger than that of sampling, tested: Llama 3.1 8B on one H100, full
-remat, and as many rows sampled as trained.
+The claim that LoRA's layout is only slightly larger than that of sampling, tested: Llama 3.1 8B, and as many rows
+sampled as trained.
 """
 EXCHANGED = """
 ## What chips exchange in a step
@@ -83,10 +86,22 @@ def text(result: Mapping[str, Any]) -> str:
             markdown(("model", "chips", "LoRA / sampling", "LoRA / full"), list(_beside(alike, every))),
             TIERS,
             markdown(
-                ("remat", "kept", "other", "peak", "LoRA / sampling", "LoRA / full", "FLOPs"), list(_tiers(rows, every))
+                (
+                    "chips",
+                    "remat",
+                    "kept",
+                    "other",
+                    "peak",
+                    "of the host",
+                    "LoRA / sampling",
+                    "LoRA / full",
+                    "PFLOP",
+                    "least s, host",
+                ),
+                list(_tiers(rows, every)),
             ),
             WITHIN,
-            markdown(("rows", "sampling", "LoRA", "LoRA / sampling"), list(_within(rows, every))),
+            markdown(("chips", "remat", "rows", "sampling", "LoRA", "LoRA / sampling"), list(_within(rows, every))),
             _largest(rows, every),
             EXCHANGED,
             markdown(
@@ -119,40 +134,45 @@ def _sizes(row: Row) -> Sequence[str]:
 def _beside(rows: Sequence[Row], every: Mapping[tuple, Row]):
     for row in rows:
         if row["kind"] == "lora":
-            others = [every.get((*_key(row)[:-1], kind)) for kind in ("sampling", "full")]
-            if any(others):
-                ratios = [f"{row['peak'] / other['peak']:.2f}" if other else "" for other in others]
-                yield [row["model"], row["topology"], *ratios]
+            away = every.get(_key(row | {"remat": "offload"}))
+            others = [every.get(_key(row | {"kind": kind})) for kind in ("sampling", "full")]
+            ratios = [_ratio(row, other) + (f" ({_ratio(away, other)})" if away and other else "") for other in others]
+            yield [row["model"], row["topology"], *ratios]
 
 
 def _tiers(rows: Sequence[Row], every: Mapping[tuple, Row]):
-    for row in rows:
-        if _on_one(row) and row["kind"] == "lora" and row["rows"] == 1:
+    for row in sorted(rows, key=lambda row: row["topology"]):
+        if row["model"] == TIERED and row["kind"] == "lora" and row["rows"] == 1:
             parts = row["bytes"]
-            sizes = (parts["activations"], parts["temporaries"], row["peak"])
-            alike = row | {"remat": "full"}  # neither sampling nor full fine-tuning was compiled with another
-            others = [every.get(_key(alike | {"kind": kind})) for kind in ("sampling", "full")]
-            ratios = [f"{row['peak'] / other['peak']:.2f}" if other else "" for other in others]
-            yield [row["remat"], *map(_gib, sizes), *ratios, f"{row['flops']:.3g}"]
+            sizes = (parts["activations"], parts["temporaries"], row["peak"], row["host"])
+            # Neither sampling nor full fine-tuning was compiled with another tier.
+            others = [every.get(_key(row | {"remat": "full", "kind": kind})) for kind in ("sampling", "full")]
+            ratios = [_ratio(row, other) for other in others]
+            host = f"{row['seconds']['host']:.2f}" if "host" in row["seconds"] else ""
+            yield [row["topology"], row["remat"], *map(_gib, sizes), *ratios, f"{row['flops'] / 1e15:.3g}", host]
 
 
 def _within(rows: Sequence[Row], every: Mapping[tuple, Row]):
     for row, sampling in _pairs(rows, every):
         ratio = row["peak"] / sampling["peak"]
-        yield [str(row["rows"]), _gib(sampling["peak"]), _gib(row["peak"]), f"{ratio:.3f}"]
+        where = row["topology"], row["remat"], str(row["rows"])
+        yield [*where, _gib(sampling["peak"]), _gib(row["peak"]), f"{ratio:.3f}"]
 
 
 def _largest(rows: Sequence[Row], every: Mapping[tuple, Row]) -> str:
-    within = [row["rows"] for row, sampling in _pairs(rows, every) if row["peak"] <= 1.25 * sampling["peak"]]
-    if not within:
-        return "\nNone of these is within 1.25."
-    return f"\nThe largest of these within 1.25 is {max(within)} rows, {max(within) * 4096:,} tokens in a step."
+    largest: dict[tuple[str, str], int] = {}
+    for row, sampling in _pairs(rows, every):
+        where = row["topology"], row["remat"]
+        within = row["rows"] if row["peak"] <= 1.25 * sampling["peak"] else 0
+        largest[where] = max(largest.get(where, 0), within)
+    said = [f"{n or 'none'} on {name} with {remat!r}" for (name, remat), n in largest.items()]
+    return "\nThe most of these rows a chip within 1.25: " + ", ".join(said) + "."
 
 
 def _pairs(rows: Sequence[Row], every: Mapping[tuple, Row]):
-    for row in sorted(rows, key=lambda row: row["rows"]):
-        sampling = every.get((*_key(row)[:-1], "sampling"))
-        if _on_one(row) and row["kind"] == "lora" and row["remat"] == "full" and sampling:
+    for row in sorted(rows, key=lambda row: (row["topology"], row["remat"], row["rows"])):
+        sampling = every.get(_key(row | {"remat": "full", "kind": "sampling"}))
+        if row["model"] == TIERED and row["kind"] == "lora" and row["remat"] in ("full", "offload") and sampling:
             yield row, sampling
 
 
@@ -164,8 +184,8 @@ def _exchanged(row: Row) -> Sequence[str]:
     return [row["model"], row["topology"], row["kind"], kinds, f"{row['flops'] / 1e15:.3g}", *seconds]
 
 
-def _on_one(row: Row) -> bool:
-    return (row["model"], row["topology"]) == ("llama-3.1-8b", "h100")
+def _ratio(row: Row, other: Row | None) -> str:
+    return f"{row['peak'] / other['peak']:.2f}" if other else ""
 
 
 def _key(row: Row) -> tuple:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning by two and four hosts, processes here: the losses are those of one, and one of them writes."""
+"""Training by two and four hosts, processes here: the losses are those of one host, and one of them writes."""
 
 import os
 import re
@@ -26,44 +26,71 @@ STEPS = 8
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     tiny.write(folder / "model")
+    tiny.write(folder / "teacher", seed=1, hidden_size=64)
     lines = [{"prompt": f"{a} + {b}", "completion": str(a + b)} for a in range(9) for b in range(9)]
+    pairs = [
+        {"prompt": f"{a} + {b}", "completion": f"is {a}", "chosen": f"it is {a + b}", "rejected": str(a), "answer": "1"}
+        for a in range(7)
+        for b in range(6)
+    ]
+    (folder / "short_rewards.py").write_text("def short(answer, entry):\n    return -len(answer.encode()) / 8\n")
     for host in range(4):  # each has its own files
         (folder / f"host{host}").mkdir()
         tiny.write_jsonl(folder / f"host{host}" / "sums.jsonl", lines)
+        tiny.write_jsonl(folder / f"host{host}" / "pairs.jsonl", pairs)
         tiny.write_jsonl(folder / f"host{host}" / "other.jsonl", [*lines, {"prompt": "what", "completion": str(host)}])
     return folder
 
 
-def start(place, folder, count, *more, present=None):
+SFT = {
+    "data.source": "sums.jsonl",
+    "lora.dropout": 0.1,
+    "eval.answers": 4,
+    "eval.max_new": 4,
+    "eval.batch_size": 4,
+}
+PAIRS = {"data.source": "pairs.jsonl", "data.prompt": "prompt", "data.length": 60}
+DISTILL = PAIRS | {"data.completion": "completion", "teacher.model": "../teacher", "sampler.max_new": 6}
+DRAWN = {"sampler.prompts": 4, "sampler.samples": 4, "sampler.max_new": 5}
+OTHERS = {
+    "dpo": PAIRS,
+    "dpo kto": PAIRS | {"loss": "kto"},
+    "dpo precomputed": PAIRS | {"reference": "precomputed"},
+    "distill": DISTILL,
+    "distill on-policy": DISTILL | {"on_policy": True},
+    "rl": DRAWN
+    | {"data.source": "pairs.jsonl", "data.heldout_source": "", "policy.kl": 0.1}
+    | {"reward.functions": "(('short_rewards:short', 1.0),)"},
+}
+
+
+def start(place, folder, count, *more, present=None, script="sft", config="quickstart", settings=SFT):
     """The processes of a run by several hosts, or those of them that are present."""
     settings = {
         "model": place / "model",
         "run": place / folder,
-        "data.source": "sums.jsonl",
         "data.heldout": 8,
         "steps": STEPS,
         "batch_size": 8,
         "lora.rank": 4,
-        "lora.dropout": 0.1,
         "optim.schedule": "constant",
         "optim.lr": 1e-2,
         "eval.every": 4,
-        "eval.answers": 4,
-        "eval.max_new": 4,
-        "eval.batch_size": 4,
         "checkpoint.every": 3,
+        **settings,
     }
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}", "XDG_CACHE_HOME": str(place / "cache")}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "train.sft", f"--config={ROOT}/configs/quickstart.py", *flags]
+            [sys.executable, "-m", f"train.{script}", f"--config={ROOT}/configs/{config}.py", *flags]
             + ([f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={n}"] if count > 1 else [])
             + [flag.replace("HOST", str(n)) for flag in more],
             cwd=place / f"host{n}",
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place / "cache")},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | paths,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -90,10 +117,9 @@ def errors(said):
     return [next(line for line in errors.splitlines() if line.startswith("error: ")) for _, errors in said]
 
 
-def numbers(place, folder):
+def numbers(place, folder, names=("loss", "gradient_norm", "tokens", "heldout_loss", "exact_match")):
     """What was measured and does not depend on time, in an array, and the steps."""
     lines = loop.read(place / folder / loop.METRICS)
-    names = ("loss", "gradient_norm", "tokens", "heldout_loss", "exact_match")
     return [line["step"] for line in lines], np.array([[line.get(name, 0) for name in names] for line in lines])
 
 
@@ -143,6 +169,22 @@ def test_four_hosts_and_then_two_are_as_one(place, alone, interrupted):
     )
     assert list(mine) == list(theirs) == [*range(1, interrupted + STEPS + 1)]
     np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", OTHERS)
+def test_other_trainers_on_two_hosts(place, trainer):
+    script, *_ = trainer.split()
+    found, names = [], ("loss", "gradient_norm", "heldout_loss", "reward_margin", "reward", "heldout_reward", "length")
+    for count in (1, 2):
+        folder = f"{trainer} {count}"
+        end(start(place, folder, count, script=script, config=script, settings=OTHERS[trainer]))
+        found.append(numbers(place, folder, names))
+        assert (place / folder / "adapter" / "adapter_model.safetensors").is_file()
+    (steps, alone), (same, two) = found
+    assert steps == same and len(steps) == STEPS + 3  # three evaluations
+    np.testing.assert_allclose(two, alone, rtol=1e-5, atol=1e-6)
+    # Partner: numbers differ from step to step by more than hosts do.
+    assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 1e-4
 
 
 def test_a_host_that_never_arrives_is_named(place):

@@ -1,5 +1,6 @@
 """Plans held against what they are of: this machine's memory, and the compilers for a TPU and an H100."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -59,6 +60,27 @@ def test_what_is_exchanged(name):
     ]
     whole = 4 * compiled(name, "lora").bytes["adapters"]  # of which a chip keeps a quarter between steps
     assert whole / 4 < summed[0] < 1.01 * whole < weights / 2 < summed[1]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_is_kept_on_the_host(name):
+    """By the trace and by the compiler; splash's own sums, which a TPU's compiler fails to send, stay."""
+    if importlib.util.find_spec(NEEDED[name]) is None:
+        pytest.skip(f"needs the package {NEEDED[name]}")
+    where = topology.get(name)
+    config = configured(batch_size=8, accumulate=2, mesh="fsdp=4", remat="offload")
+    config.data.length = 256
+    shape = plan.attending(config, dataclasses.replace(SHAPE, layers=8, context=256), where, jnp.bfloat16)
+    assert shape.attention == ("splash" if name == "v5e:2x2" else "chunked")
+    mesh = sharding.mesh(config.mesh, where.devices)
+    program = programs.training(config, shape, mesh, jnp.bfloat16, 256, 256)
+    found = forecast.make(program, mesh, where)
+    # Of every layer and token, in 2 bytes: its input, q, k, v, the attention, o, gate and up; two parts in turn.
+    sent = 2 * 8 * 256 * (1024 + 3 * 1024 + 1024 + 1024 + 2 * 2048)
+    assert program.away == pytest.approx(2 * sent, rel=0.01)
+    assert sent <= found.host < 1.1 * sent
+    assert found.seconds["host"] == pytest.approx(2 * program.away / where.chip.host)
+    assert compiled(name, "lora").host == 0 and "host" not in compiled(name, "lora").seconds
 
 
 def test_a_slice_keeps_little_more_between_steps_than_it_samples_from():

@@ -112,10 +112,12 @@ def test_sampling_is_beside_it(quick, here):
 def test_less_is_kept_where_more_is_computed_again():
     kept = {}
     for remat in decoder.REMAT:
-        kept[remat] = programs.kept(configured(remat=remat), TINY, 64, 64, jnp.float32)
+        kept[remat], host = programs.kept(configured(remat=remat), TINY, 64, 64, jnp.float32)
+        assert (host > 0) == (remat == "offload")
     residual = 4 * TINY.layers * 64 * TINY.dim
     assert residual <= kept["full"] < kept["dots"] < kept["none"]
     assert kept["full"] < residual + 4 * 64 * (3 * TINY.vocab + 6 * TINY.dim)
+    assert kept["offload"] < kept["full"] and kept["offload"] + host == kept["dots"]
 
 
 @pytest.mark.slow
@@ -149,7 +151,7 @@ def test_what_to_change_where_no_row_fits():
     mesh = AbstractMesh((4, 4, 1, 1), sharding.AXES)
     bytes_ = {"base": 60 * 2**30, "program": 0}
     found = forecast.Forecast(
-        "v5e:4x4", "TPU v5e", 16, {"data": 4}, bytes_, 0, 60 * 2**30, 61 * 2**30, 2**34, {}, 1, {}, 1, 0.0
+        "v5e:4x4", "TPU v5e", 16, {"data": 4}, bytes_, 0, 60 * 2**30, 61 * 2**30, 0, 2**34, {}, 1, {}, 1, 0.0
     )
     said = advice.changes(config, mesh, found, {"none": 0, "full": 0})
     assert said == (

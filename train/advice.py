@@ -48,7 +48,7 @@ def rows_that_fit(
     for remat in decoder.REMAT:
         other = copy.deepcopy(config)
         other.remat = remat
-        row, rest = programs.kept(other, shape, length, learned, dtype), forecast.bytes["temporaries"]
+        row, rest = programs.kept(other, shape, length, learned, dtype).device, forecast.bytes["temporaries"]
         fitting[remat] = max(0, math.floor(min((free - rest) / row, max(now, free / (row + rest / now)))))
     return fitting
 

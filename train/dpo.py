@@ -19,7 +19,19 @@ import numpy as np
 from ml_collections import config_flags
 
 from lora_jax.data import chat
-from train import adapter, dpo_settings, launch, likelihood, loop, methods, objective, pairs, placing, preferences
+from train import (
+    adapter,
+    dpo_settings,
+    hosts,
+    launch,
+    likelihood,
+    loop,
+    methods,
+    objective,
+    pairs,
+    placing,
+    preferences,
+)
 from train import config as settings
 from train.preferences import Pairs
 from train.run import Evaluation, run
@@ -96,7 +108,7 @@ def train(config: settings.Config, folder: Path, name: str) -> None:
         now = both(gather(trainable), (base, original))
         found = []
         for n, block in pairs.blocks(data.heldout, data.length, config.batch_size, write):
-            parts = map(np.asarray, measure(now, block))
+            parts = map(np.asarray, hosts.whole(measure(now, block)))
             found.append(Judged(*(x[: len(x) * n // config.batch_size] for x in parts)))
         said = Judged(*map(np.concatenate, zip(*found, strict=True)))
         good = np.array([good for item in data.heldout for good in item.good])
@@ -218,7 +230,7 @@ class Known:
         """The items with it."""
         found = []
         for n, block in pairs.blocks(items, self.length, self.size):
-            rows = np.asarray(self.log_probs(self.params, block)[0]).reshape(self.size, -1)[:n]
+            rows = np.asarray(hosts.whole(self.log_probs(self.params, block)[0])).reshape(self.size, -1)[:n]
             found += [tuple(map(float, row)) for row in rows]
         return [item._replace(reference=row) for item, row in zip(items, found, strict=True)]
 

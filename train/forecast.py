@@ -33,12 +33,13 @@ class Forecast:
       arguments: bytes of the parts by the compiler's count; None where it ran out of memory.
       state: bytes that stay between two steps: all parts but the batch.
       peak: all of them.
+      host: bytes of its host's memory that hold activations.
       room: what a chip has.
       collectives: by kind, how many run and their bytes; None where the compiler ran out of memory, or wrote a program
         that this JAX cannot read.
       flops: of products, on all chips together.
-      seconds: the least that each of these takes: `compute`, `memory`, `links`; and `compiler`, its own estimate,
-        without exchanges, where it gives one. Without what is not known.
+      seconds: the least that each of these takes: `compute`, `memory`, `links`, `host`, the way there and back; and
+        `compiler`, its own estimate, without exchanges, where it gives one. Without what is not known.
       tokens: that the program goes through.
       compiled: seconds of this machine's processors that compiling took.
     """
@@ -51,6 +52,7 @@ class Forecast:
     arguments: int | None
     state: int
     peak: int
+    host: int
     room: int
     collectives: Mapping[str, hlo.Exchange] | None
     flops: int
@@ -88,7 +90,7 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
     parts = {name: bytes_per_chip(tree) for name, tree in program.parts.items()}
     began, chip, chips = time.process_time(), topology.chip, mesh.devices.size
     arguments = collectives = None
-    code, moved, cycles, links = 0, 0, 0, 0.0
+    code, host, moved, cycles, links = 0, 0, 0, 0, 0.0
     try:
         compiled = program.lowered.compile(topology.options)
     except jax.errors.JaxRuntimeError as error:
@@ -98,6 +100,7 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
         arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = arguments + new + memory.temp_size_in_bytes + code
+        host = memory.host_temp_size_in_bytes
         moved = arguments + memory.output_size_in_bytes + memory.temp_size_in_bytes
         if text:
             collectives, cycles = text.collectives(), text.cycles()
@@ -109,6 +112,7 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
         "compute": (program.flops / chips, chip.flops),
         "memory": (moved, chip.memory),
         "links": (links, chip.links),
+        "host": (2 * program.away, chip.host),
         "compiler": (cycles, chip.hertz),
     }
     return Forecast(
@@ -120,6 +124,7 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
         arguments,
         sum(size for name, size in parts.items() if name not in ("batch", "cache")),
         peak,
+        host,
         chip.bytes,
         collectives,
         program.flops,

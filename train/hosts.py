@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -109,6 +109,17 @@ def agree(values: Mapping[str, Any], what: str) -> None:
                     f"{what}{name} is {one.get(name)!r} on host 0 and {other.get(name)!r} on host {host}; "
                     "start all of them with the same command and the same files"
                 )
+
+
+def told(make: Callable[[], Any]) -> Any:
+    """What the first host makes, for all: JSON where there are several."""
+    if not several():
+        return make()
+    text = np.frombuffer(json.dumps(make()).encode() if first() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(text)] = text
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def moment(own: datetime.datetime) -> datetime.datetime:

@@ -26,13 +26,16 @@ def table(forecasts: Mapping[str, Forecast]) -> rich.table.Table:
             shown.add_row(NAMES.get(name, name), *(gib(column.bytes.get(name, 0)) for column in columns))
     shown.add_row("peak", *(gib(column.peak) for column in columns), style="bold")
     shown.add_row("of", *(gib(column.room) for column in columns))
+    if any(column.host for column in columns):
+        shown.add_row("of its host's memory", *(gib(column.host) for column in columns))
     shown.add_row("to spare", *(spare(column) for column in columns), style="bold")
     kinds = dict.fromkeys(kind for column in columns for kind in column.collectives or {})
     for kind in kinds:
         shown.add_row(kind, *(_exchange(column, kind) for column in columns))
     shown.add_row("FLOPs, all chips", *(f"{column.flops:.3g}" for column in columns))
     for name in dict.fromkeys(name for column in columns for name in column.seconds):
-        what = "compiler's estimate" if name == "compiler" else f"least time for {name}"
+        what = {"compiler": "compiler's estimate", "host": "least time to the host and back"}.get(name)
+        what = what or f"least time for {name}"
         shown.add_row(what, *(_seconds(column.seconds.get(name)) for column in columns))
     shown.add_row("tokens an hour, at most", *(_tokens(column) for column in columns))
     return shown

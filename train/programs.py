@@ -36,6 +36,7 @@ class Program(NamedTuple):
       parts: what it is given, shapes with their places, by name.
       flops: of its products, on all devices together.
       kept: bytes that the forward pass keeps for the backward pass, on each device; 0 where there is none.
+      away: bytes that each device sends to its host's memory in the forward pass and fetches in the backward pass.
       tokens: that it goes through.
     """
 
@@ -43,7 +44,15 @@ class Program(NamedTuple):
     parts: Mapping[str, Tree]
     flops: int
     kept: int
+    away: int
     tokens: int
+
+
+class Kept(NamedTuple):
+    """Bytes that the forward pass keeps for the backward pass, in a device's memory and in its host's."""
+
+    device: int
+    host: int
 
 
 def training(
@@ -84,9 +93,10 @@ def training(
     # What a kernel of attention computes is not to be seen; in chunks it is as much. Nor what of the room for experts'
     # rows is used on each device; on one device there is none.
     flops = cost.flops(step(dataclasses.replace(shape, attention="chunked")), *given)
-    part = config.batch_size // config.accumulate
-    activations = kept(config, shape, length, learned, dtype) * part // row_parts(mesh)
-    return Program(lowered, parts, flops, activations, config.batch_size * length)
+    row, rows = kept(config, shape, length, learned, dtype), config.batch_size // row_parts(mesh)
+    return Program(
+        lowered, parts, flops, row.device * rows // config.accumulate, row.host * rows, config.batch_size * length
+    )
 
 
 def state(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Tree]:
@@ -118,8 +128,8 @@ def state(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.
     }
 
 
-def kept(config: settings.Config, shape: DecoderConfig, length: int, learned: int, dtype: jnp.dtype) -> int:
-    """Bytes of a row that the forward pass keeps for the backward pass, on one device.
+def kept(config: settings.Config, shape: DecoderConfig, length: int, learned: int, dtype: jnp.dtype) -> Kept:
+    """What the forward pass keeps of a row for the backward pass, on one device.
 
     Args:
       config: of the run.
@@ -134,9 +144,14 @@ def kept(config: settings.Config, shape: DecoderConfig, length: int, learned: in
     def residuals(trainable: Tree, base: Tree, batch: Tree) -> Any:
         return jax.vjp(lambda trainable: loss(tree(trainable, base, None), batch)[0], trainable)[1]
 
+    def held(rows: int) -> tuple[int, int]:
+        arrays = jax.make_jaxpr(residuals)(trainable, base, _batch(rows, length)).out_avals
+        away = [x for x in arrays if x.memory_space is jax.memory.Space.Host]
+        return _bytes(arrays), _bytes(away)
+
     # What does not grow with the rows is no activation.
-    one, two = (_bytes(jax.eval_shape(residuals, trainable, base, _batch(rows, length))) for rows in (1, 2))
-    return two - one
+    (all_1, away_1), (all_2, away_2) = held(1), held(2)
+    return Kept(all_2 - all_1 - (away_2 - away_1), away_2 - away_1)
 
 
 def sampling(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.dtype, length: int) -> Program:
@@ -171,7 +186,7 @@ def sampling(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: j
     given = parts["base"], parts["cache"], parts["batch"], parts["batch"]
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=1).lower(*given)
-    return Program(lowered, parts, cost.flops(step, *given), 0, config.batch_size)
+    return Program(lowered, parts, cost.flops(step, *given), 0, 0, config.batch_size)
 
 
 def placed(tree: Tree, places: Tree) -> Tree:

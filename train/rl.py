@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lora_jax.data import chat
 from lora_jax.models import decoder
-from train import adapter, judge, launch, loop, methods, placing, policy, rl_settings, rollout
+from train import adapter, hosts, judge, launch, loop, methods, placing, policy, rl_settings, rollout
 from train import config as settings
 from train.run import Evaluation, run
 from train.start import begin
@@ -93,7 +93,7 @@ def train(config: Config, folder: Path, name: str) -> None:
 
         def evaluate(trainable: Tree) -> Evaluation:
             said = sampler(tree(gather(trainable), base), prompts.heldout, jax.random.key(config.seed))
-            scores = judges(said.texts, [prompt.entry for prompt in prompts.heldout])
+            scores = judged(judges, said.texts, [prompt.entry for prompt in prompts.heldout])
             values = [score.value for score in scores if not score.failure]
             numbers = {"heldout_reward": float(np.mean(values)), "heldout_length": float(said.counts_B.mean())}
             return numbers, [
@@ -164,7 +164,7 @@ def make_step(
         asked = [prompt for prompt in prompts for _ in range(G)]
         said = sampler(tree(gather(trainable), base), asked, drawing)
         clock.append(time.perf_counter())
-        scores = judges(said.texts, [prompt.entry for prompt in asked])
+        scores = judged(judges, said.texts, [prompt.entry for prompt in asked])
         rewards_PG = np.array([score.value for score in scores]).reshape(-1, G)
         advantages_PG, equal_P = policy.advantages(rewards_PG, objective.deviation)
         clock.append(time.perf_counter())
@@ -174,7 +174,7 @@ def make_step(
         if config.policy.kl:
             part = size // config.accumulate
             parts = [{name: x[i : i + part] for name, x in batch.items()} for i in range(0, len(asked), part)]
-            batch["base"] = np.concatenate([reference(before, rows) for rows in parts])
+            batch["base"] = np.concatenate([hosts.whole(reference(before, rows)) for rows in parts])
         made = []
         for epoch in range(config.policy.epochs):
             order = np.asarray(jax.random.permutation(jax.random.fold_in(shuffling, epoch), len(asked)))
@@ -203,6 +203,11 @@ def make_step(
         return trainable, optimizer, numbers
 
     return update
+
+
+def judged(judges: judge.Judges, texts: Sequence[str], entries: Sequence[dict[str, Any]]) -> list[judge.Score]:
+    """The rewards; of several hosts the first one judges: what takes too long on one need not on another."""
+    return [judge.Score(*score) for score in hosts.told(lambda: judges(texts, entries))]
 
 
 def _learned(made: list[dict[str, float]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax.data import chat, kinds, sources
 from lora_jax.models import generate
 from lora_jax.models.config import DecoderConfig
+from train import hosts
 from train.config import Config
 
 Tree = Any
@@ -146,7 +147,7 @@ class Sampler:
         for start in range(0, len(ids), self.rows):
             at = slice(start, start + self.rows)
             sizes = (self.max_new, self.format.special.stop, keys[at], self.temperature, self.apply)
-            parts.append(generate.sample(tree, self.shape, tokens[at], lengths[at], *sizes))
+            parts.append(hosts.whole(generate.sample(tree, self.shape, tokens[at], lengths[at], *sizes)))
         answers, counts, log_probs = (np.concatenate(x)[: len(prompts)] for x in zip(*parts, strict=True))
         last = answers[np.arange(len(prompts)), counts - 1]
         texts = [chat.answer(self.format, row[:n]) for row, n in zip(answers, counts, strict=True)]

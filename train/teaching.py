@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.data import chat, kinds, packing, sources
 from lora_jax.models import generate
 from lora_jax.models.config import DecoderConfig
+from train import hosts
 from train.config import Config
 from train.examples import columns
 
@@ -167,7 +168,7 @@ class Sampler:
         drawn = generate.generate(
             tree, self.shape, tokens, lengths, self.max_new, self.stop, key, self.temperature, self.apply
         )
-        said = zip(lessons, *map(np.asarray, drawn), strict=False)
+        said = zip(lessons, *map(np.asarray, hosts.whole(drawn)), strict=False)
         return [_answered(x, answer[:n]) for x, answer, n in said]
 
 

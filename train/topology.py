@@ -24,6 +24,7 @@ class Chip(NamedTuple):
       flops: per second, bfloat16 products, dense.
       memory: bytes per second that its memory reads or writes.
       links: bytes per second that it can receive from other chips, all links together.
+      host: bytes per second to its host's memory, or from it.
       hertz: cycles per second, in which XLA estimates the time of a TPU's instructions.
     """
 
@@ -32,17 +33,18 @@ class Chip(NamedTuple):
     flops: float = 0.0
     memory: float = 0.0
     links: float = 0.0
+    host: float = 0.0
     hertz: float = 0.0
 
 
 # Memory is what libtpu leaves to programs. Peaks: Google Cloud's pages of each TPU and NVIDIA's data sheet of the H100
-# SXM; links: "How to Scale Your Model" (Austin et al., 2025), one way, all axes of the torus; clocks: the peak by the
-# products of a cycle.
+# SXM, PCIe 5 too; TPUs' links, one way, all axes of the torus, and their hosts: "How to Scale Your Model" (Austin et
+# al., 2025); clocks: the peak by the products of a cycle.
 CHIPS = {
-    "v5e": Chip("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 1.8e11, 1.5e9),
-    "v5p": Chip("TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 5.4e11, 1.75e9),
-    "v6e": Chip("TPU v6e", int(31.25 * GIB), 918e12, 1640e9, 3.6e11, 1.75e9),
-    "h100": Chip("NVIDIA H100 80GB", 84942979072, 989e12, 3352e9, 4.5e11),
+    "v5e": Chip("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 1.8e11, 1.5e10, 1.5e9),
+    "v5p": Chip("TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 5.4e11, 1.5e10, 1.75e9),
+    "v6e": Chip("TPU v6e", int(31.25 * GIB), 918e12, 1640e9, 3.6e11, 3.2e10, 1.75e9),
+    "h100": Chip("NVIDIA H100 80GB", 84942979072, 989e12, 3352e9, 4.5e11, 6.4e10),
 }
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
