@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import checkpoint, manifest
+from lora_jax import checkpoint, manifest, sharding
+from lora_jax.quant import quantize_leaf
 
 IDENTITY = {"base": "abc", "spec": "rank 4"}
 
@@ -254,3 +255,16 @@ def test_fingerprint():
         {"layers": base["layers"]},
     ]
     assert len({mine, *map(checkpoint.fingerprint, others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantised_base_has_one_fingerprint_on_a_mesh_and_off_it(format, key):
+    def quantised(kernel):
+        return {"kernel": quantize_leaf(kernel, format, axis=0), "scale": jnp.ones(64)}
+
+    base = quantised(jax.random.normal(key, (64, 64)))
+    wrapped = sharding.gathered(base, {"kernel": ("fsdp", None), "scale": (None,)})
+    assert type(wrapped["kernel"]) is not type(base["kernel"])
+    assert checkpoint.fingerprint(wrapped) == checkpoint.fingerprint(base)
+    other = sharding.gathered(quantised(jnp.ones((64, 64))), {"kernel": ("fsdp", None)})
+    assert checkpoint.fingerprint(other) != checkpoint.fingerprint(base)

@@ -17,7 +17,7 @@ import tiny
 import lora_jax as lora
 from lora_jax import sharding
 from lora_jax.data import packing
-from lora_jax.interop import hf, safetensors
+from lora_jax.interop import hf, peft, safetensors
 from lora_jax.models import keys
 from train import distill, dpo, loop, methods, objective, placing, rl, sft, update
 
@@ -261,3 +261,19 @@ def test_without_the_decoders_constraints_xla_sums_activations():
     step = mesh_steps.compiled(mesh_steps.DENSE, "fsdp=8", constrained=False, divide=False)
     assert step.total("all-reduce") > 10 * lora.count(step.adapters)
     assert max(step.gathered()) < max(step.base_shards()) / 10
+
+
+def test_a_quantised_run_goes_on_without_a_mesh(folder, tmp_path, quick, capsys):
+    """Its base is the same, quantised weight by weight; so says its adapter's file. Another base is refused."""
+    run, rows = tmp_path / "run", {"batch_size": 8, "eval__batch_size": 8, "eval__answers": 0, "quantize": "nf4"}
+    for mesh, steps in (("data=4,fsdp=2", 2), ("", 4)):
+        config = sft_test.configured(folder, tmp_path, **rows, mesh=mesh, steps=steps)
+        sft.train(config, run, "run")
+    assert "going on from step 2" in capsys.readouterr().out
+    steps = [line["step"] for line in loop.read(run / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4]
+    base = hf.load(folder, quantize={"all-linear": "nf4"})
+    assert peft.load(run / "adapter", base.config, base.params)
+    other = hf.load(folder, quantize={"all-linear": "int8"})
+    with pytest.raises(ValueError, match="fingerprint"):
+        peft.load(run / "adapter", other.config, other.params)
