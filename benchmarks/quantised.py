@@ -5,7 +5,7 @@ them but with several in a row: the first 32 solutions of GSM8K's test set, and 
 `configs/quickstart.py`. All linear weights are quantised, in float32; the tied embedding is not. LoftQ is of rank 16 on
 the same weights, its alternations 1 and 5; 0 is the quantised base alone.
 
-    python benchmarks/quantised.py      # LORA_JAX_DATA says where gsm8k/test.jsonl is
+    python -m benchmarks.quantised      # LORA_JAX_DATA says where gsm8k/test.jsonl is
 
 Writes benchmarks/results/quantised.json after each row, and goes on from what is there.
 """

@@ -1,6 +1,6 @@
 """What large models take of chips that are not there: steps of training and of sampling, by the chips' own compilers.
 
-    python benchmarks/scale.py      # needs the compilers: make test-slow installs them
+    .venv/bin/python -m benchmarks.scale      # needs the compilers: make test-slow installs them
 
 Writes benchmarks/results/scale.json and docs/scale.md after each program, and goes on from what is there.
 `configs/scale.py` has the settings that all rows share.
@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from benchmarks import scale_page
 from configs import scale
 from lora_jax import sharding
-from train import architectures, forecast, plan, programs, topology
+from train import architectures, forecast, loop, plan, programs, topology
+from train import config as defaults
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -78,13 +79,17 @@ def main() -> None:
     each += [(f"{case.model}, an expert's rank 16", case.topology, *between(case, active_experts=1)) for case in moe]
     result["between"] = each
     write(result)
-    done = {_key(row) for row in result["rows"]}
+    known = {_key(row): row for row in result["rows"]}
+    result["rows"] = []
     for case, kind in [(one, kind) for one in CASES for kind in one.kinds]:
         row = {name: value for name, value in case._asdict().items() if name != "kinds"} | {"kind": kind}
-        if _key(row) not in done:
+        row["settings"] = own(settings(case, kind))
+        found = known.get(_key(row), {})
+        if found.get("settings") != row["settings"]:
             print(*row.values(), flush=True)
-            result["rows"].append(row | dataclasses.asdict(compiled(case, kind)) | versions)
-            write(result)
+            found = row | dataclasses.asdict(compiled(case, kind)) | versions
+        result["rows"].append(found)
+        write(result)
 
 
 def write(result: dict) -> None:
@@ -92,7 +97,7 @@ def write(result: dict) -> None:
     PAGE.write_text(scale_page.text(json.loads(RESULT.read_text())))
 
 
-def between(case: Case, **lora: int) -> tuple[str, str, str]:
+def between(case: Case, **lora: int) -> tuple[str, ...]:
     """What stays on a chip between two steps, against the base.
 
     Args:
@@ -100,38 +105,49 @@ def between(case: Case, **lora: int) -> tuple[str, str, str]:
       lora: settings of it to change.
 
     Returns:
-      Factors and moments divided; whole on every chip; divided, with both moments in float32.
+      Factors and moments divided; whole on every chip; divided, with both moments in float32; divided, in the chip's
+      tiles.
     """
     where = topology.get(case.topology)
     mesh, ratios = sharding.mesh(case.line, where.devices), []
-    for divide, dtype in ((True, "bfloat16"), (False, "bfloat16"), (True, "")):
+    tiles = where.platform == "tpu"
+    ways = (True, "bfloat16", False), (False, "bfloat16", False), (True, "", False), (True, "bfloat16", tiles)
+    for divide, dtype, tiled in ways:
         config = settings(case)
         config.sharding.divide, config.optim.mu_dtype = divide, dtype
         config.lora.update(lora)
         parts = programs.state(config, architectures.decoder(case.model), mesh, jnp.bfloat16)
-        base = programs.bytes_per_chip(parts["base"])
-        ratios.append(f"{programs.bytes_per_chip(parts) / base:.3f}")
+        base = programs.bytes_per_chip(parts["base"], tiled)
+        ratios.append(f"{programs.bytes_per_chip(parts, tiled) / base:.3f}")
     return tuple(ratios)
 
 
-def settings(case: Case) -> ConfigDict:
-    """A case's, without its rows; an expert's rank is divided by those of a token."""
+def settings(case: Case, kind: str = "lora") -> ConfigDict:
+    """A case's: an expert's rank is divided by a token's experts; LoRA alone keeps a mean of gradients in bfloat16."""
     config = scale.get_config()
     config.update({"model": case.model, "mesh": case.line, "remat": case.remat})
     config.lora.active_experts = max(1, architectures.decoder(case.model).active_experts)
+    if kind != "lora":
+        config.optim.mu_dtype = ""
+    if kind == "full":
+        config.method = "full"
+    config.quantize = kind.removeprefix("lora on ") if kind.startswith("lora on ") else ""
     return config
+
+
+def own(config: ConfigDict) -> dict[str, Any]:
+    """What of a config is not the default."""
+    usual = dict(loop.flat(defaults.sft().to_dict()))
+    return {name: value for name, value in loop.flat(config.to_dict()) if value != usual[name]}
 
 
 def compiled(case: Case, kind: str) -> forecast.Forecast:
     where = topology.get(case.topology)
     mesh = sharding.mesh(case.line, where.devices)
     rows = case.rows * programs.row_parts(mesh)
-    config = settings(case)
+    config = settings(case, kind)
     config.batch_size = config.eval.batch_size = rows
     config.loss_chunk = rows * CHUNK
-    if kind == "full":
-        config.method, config.optim.mu_dtype = "full", ""
-    config.quantize = kind.removeprefix("lora on ") if kind.startswith("lora on ") else ""
     shape = plan.attending(config, architectures.decoder(case.model), where, jnp.bfloat16)
     if kind == "sampling":
         program = programs.sampling(config, shape, mesh, jnp.bfloat16, LENGTH)

@@ -12,12 +12,13 @@ TIERED = "llama-3.1-8b"  # at every tier of remat, and with more rows
 HEAD = """# Large models on chips, before they are rented
 
 What a training step takes of each chip, by the chip's own compiler: the step that `train/sft.py` runs, compiled on a
-CPU for chips that are not there. `python benchmarks/scale.py` compiles what is missing in
-`benchmarks/results/scale.json` and writes this page. Rows are of {length:,} tokens, packed, {rows}; LoRA is of rank
-16 on all linear weights, or of 16 divided by a token's experts on each of them; its factors are float32, Adam's mean
-of gradients bfloat16 (`optim.mu_dtype`), that of squares float32, all divided over the mesh; the base is bfloat16,
-its weights divided over it too; remat is "full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of
-your own run: `python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
+CPU for chips that are not there. `python -m benchmarks.scale` compiles what is missing in
+`benchmarks/results/scale.json`, or has other settings by now, and writes this page. Rows are of {length:,} tokens,
+packed, {rows}; LoRA is of rank 16 on all linear weights, or of 16 divided by a token's experts on each of them; its
+factors are float32, Adam's mean of gradients bfloat16 (`optim.mu_dtype`; float32 over NF4 and for full fine-tuning),
+that of squares float32, all divided over the mesh; the base is bfloat16, its weights divided over it too; remat is
+"full" where nothing else is said. JAX {jax}, libtpu {libtpu}. A plan of your own run:
+`python -m train.plan --config=configs/scale.py --topology=v5e:4x4`.
 
 Compiling a program took {least} to {most} seconds of a processor, half of them {median} or less.
 
@@ -28,7 +29,8 @@ BETWEEN = """
 
 The base, the factors and their moments, against the base alone, as sampling has it: bytes on each chip, by
 arithmetic. Factors and moments are divided over the mesh and gathered once in a step, or whole on every chip
-(`sharding.divide=False`), or divided with both moments in float32 (`optim.mu_dtype=""`, the default).
+(`sharding.divide=False`), or divided with both moments in float32 (`optim.mu_dtype=""`, the default). "In tiles" is
+as the compiler counts: a TPU fills up two axes of every array to 8 and 128, as heads of 64 numbers of the 1B model.
 """
 BESIDE = """
 ## Beside sampling and full fine-tuning
@@ -81,7 +83,10 @@ def text(result: Mapping[str, Any]) -> str:
                 [_sizes(row) for row in sorted(alike, key=lambda row: (row["model"], row["topology"]))],
             ),
             BETWEEN,
-            markdown(("model", "chips", "divided", "on every chip", "divided, float32"), result["between"]),
+            markdown(
+                ("model", "chips", "divided", "on every chip", "divided, float32", "divided, in tiles"),
+                result["between"],
+            ),
             BESIDE.format(**said),
             markdown(("model", "chips", "LoRA / sampling", "LoRA / full"), list(_beside(alike, every))),
             TIERS,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from plan_test import configured
@@ -93,7 +94,7 @@ def test_a_slice_keeps_little_more_between_steps_than_it_samples_from():
     assert found.arguments == pytest.approx(sum(parts.values()), rel=0.01)
     assert found.state <= 1.05 * found.bytes["base"]
     assert found.arguments - parts["batch"] <= 1.05 * found.bytes["base"]
-    divided, whole, _ = map(float, scale.between(case))
+    divided, whole, *_ = map(float, scale.between(case))
     assert found.state / found.bytes["base"] == pytest.approx(divided, abs=5e-4) and whole > 1.4
 
 
@@ -101,13 +102,38 @@ def test_a_slice_keeps_little_more_between_steps_than_it_samples_from():
 def test_every_model_keeps_little_more_between_steps_than_it_samples_from(case):
     if not case.topology.startswith("h100") and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the package libtpu")
-    divided, whole, exact = map(float, scale.between(case))
+    divided, whole, exact, tiled = map(float, scale.between(case))
     assert 1 < divided <= 1.05 and divided < exact
     # A mean of gradients in float32 is a fifth more, and whole adapters are more the more chips there are.
     assert exact - 1 == pytest.approx(1.2 * (divided - 1), abs=2e-3)
     assert (whole > divided) == (":" in case.topology and not case.topology.endswith(":1x1"))
-    if case.model == "llama-3.2-1b":
-        assert exact > 1.05
+    if case.model == "llama-3.2-1b":  # on a TPU, whose tiles are half filled by heads of 64 numbers
+        assert exact > 1.05 and 1.05 < tiled < 1.052
+    else:
+        assert divided - 1e-3 <= tiled <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 32, 64, 16), "float32"),
+        ((62, 84, 672), "uint8"),
+        ((16, 8, 8, 64), "uint8"),
+        ((62, 1344), "float32"),
+        ((62, 672), "bfloat16"),
+        ((3, 5, 7), "float32"),
+        ((16,), "float32"),
+        ((256, 512), "bfloat16"),
+    ],
+)
+def test_arrays_take_what_a_tpus_tiles_do(shape, dtype):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the package libtpu")
+    place = jax.sharding.SingleDeviceSharding(topology.get("v5e:1x1").devices[0])
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    compiled = jax.jit(lambda x: x).lower(array).compile().memory_analysis().argument_size_in_bytes
+    assert programs.bytes_per_chip(array, tiled=True) == compiled
+    assert (programs.bytes_per_chip(array) == compiled) == (shape == (256, 512))
 
 
 def test_the_tpus_compiler_says_how_long_it_takes():

@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import importlib.util
+import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -209,3 +211,12 @@ def test_a_compiler_that_refuses_says_what_a_program_would_take(here, said, gib,
     assert found.peak == pytest.approx(gib * 2**30 + beside, abs=1) and found.arguments is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 1), mesh, here)
+
+
+def test_of_every_program_in_the_documents_the_compiler_counted_what_was_predicted():
+    rows = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "scale.json").read_text())["rows"]
+    counted = [row for row in rows if row["arguments"] is not None]
+    assert len(counted) > len(rows) - 5  # these are the ones that no chip has room for
+    for row in counted:
+        parts = sum(row["bytes"].get(part, 0) for part in ("base", "adapters", "optimizer", "cache", "batch"))
+        assert row["arguments"] == pytest.approx(parts, rel=0.01), row["model"]

@@ -87,7 +87,7 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
     Returns:
       The forecast. Where the compiler refuses for want of memory, it says what the program would take.
     """
-    parts = {name: bytes_per_chip(tree) for name, tree in program.parts.items()}
+    parts = {name: bytes_per_chip(tree, topology.platform == "tpu") for name, tree in program.parts.items()}
     began, chip, chips = time.process_time(), topology.chip, mesh.devices.size
     arguments = collectives = None
     code, host, moved, cycles, links = 0, 0, 0, 0, 0.0

@@ -5,6 +5,7 @@ Nothing is computed and no weight is read: arrays are shapes with their places o
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -194,10 +195,28 @@ def placed(tree: Tree, places: Tree) -> Tree:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def bytes_per_chip(tree: Tree) -> int:
-    """What one device holds of arrays, or of shapes with their places."""
+def bytes_per_chip(tree: Tree, tiled: bool = False) -> int:
+    """What one device holds of arrays, or of shapes with their places.
+
+    Args:
+      tree: of them.
+      tiled: as a TPU holds them, which fills up two axes of each to tiles.
+    """
     shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
-    return sum(math.ceil(math.prod(shape) * _bits(dtype) / 8) for shape, dtype in shards)
+    sizes = ((_tiled(shape) if tiled else math.prod(shape), dtype) for shape, dtype in shards)
+    return sum(math.ceil(size * _bits(dtype) / 8) for size, dtype in sizes)
+
+
+def _tiled(shape: tuple[int, ...]) -> int:
+    """How many numbers an array takes in tiles of 8 x 128, over the two axes that it fills up least."""
+    if len(shape) < 2:
+        return math.prod(-(-size // 128) * 128 for size in shape)
+
+    def over(rows: int, columns: int) -> int:
+        height = -(-rows // 8) * 8 if rows > 8 else 1 << (rows - 1).bit_length()
+        return math.prod(shape) // (rows * columns) * height * -(-columns // 128) * 128
+
+    return min(over(*pair) for pair in itertools.permutations(shape, 2))
 
 
 def _model(config: settings.Config, shape: DecoderConfig, dtype: jnp.dtype) -> hf.Checkpoint:
