@@ -9,13 +9,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 import rich.console
+import sft_test
 from jax.sharding import AbstractMesh
 
 import lora_jax as lora
 from lora_jax import sharding
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
-from train import advice, architectures, forecast, plan, plan_table, programs, topology
+from train import (
+    advice,
+    architectures,
+    forecast,
+    methods,
+    plan,
+    plan_table,
+    programs,
+    sft,
+    topology,
+    update,
+)
 from train import config as settings
 
 TINY = DecoderConfig("llama", 512, 128, 256, 2, 4, 2, 32, 256)
@@ -39,6 +51,36 @@ def configured(**changes):
         config.update({"model": "llama-3.2-1b", "batch_size": 2, **changes})
         config.data.length = 64
     return config
+
+
+def step_of_a_run(config, folder, monkeypatch):
+    """What `train.sft` gives its step first, but for the key, and the step, lowered; nothing is trained."""
+    found, make = [], update.make_update
+
+    def run(*_, trainable, optimizer, update, batches, **__):
+        batch = jax.device_put(next(batches), sharding.rows(jax.sharding.get_mesh()))
+        update(trainable, optimizer, batch, jax.random.fold_in(jax.random.key(config.seed), 0))
+
+    def recorded(*arguments):
+        step = make(*arguments)
+
+        def lower(*given):
+            found.append((given[:-1], step.lower(*given)))
+
+        return lower
+
+    monkeypatch.setattr(sft, "make_update", recorded)
+    monkeypatch.setattr(sft, "run", run)
+    sft.train(config, folder / "run", "a run")
+    return found[0]
+
+
+def planned(config):
+    """The step that is planned for all devices of this machine."""
+    where = topology.get("here")
+    rows, dtype = plan.read(config), plan.dtype_of(config, where)
+    shape = plan.attending(config, rows.shape, where, dtype)
+    return programs.training(config, shape, plan.mesh_of(config, where), dtype, rows.length, rows.learned)
 
 
 @pytest.fixture
@@ -95,6 +137,34 @@ def test_arguments_are_those_that_the_compiler_counts(quick, here, changes):
     else:
         assert parts["base"] == weights
     assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], rel=1e-3)
+
+
+def test_a_plan_is_of_the_step_that_a_run_compiles(model, tmp_path, monkeypatch):
+    """`eight_devices_plan.py` has meshes, and the places of every method's arrays."""
+    changes = {"method": "lora+", "accumulate": 2, "loss_chunk": 24, "data__pack": True}
+    config = sft_test.configured(model, tmp_path, mesh="data=1", **changes)
+    _, lowered = step_of_a_run(config, tmp_path, monkeypatch)
+    assert lowered.as_text() == planned(config).lowered.as_text()
+    config.remat = "full"
+    assert lowered.as_text() != planned(config).lowered.as_text()
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_can_be_planned(method):
+    quantize = "nf4" if method != "full" else ""
+    config = configured(method=method, quantize=quantize, soft_text="a text" if method in methods.SOFT else "")
+    state = programs.state(config, TINY, sharding.mesh(""), jnp.float32)
+    bytes_ = {name: programs.bytes_per_chip(part) for name, part in state.items()}
+    assert 0 < bytes_["optimizer"] <= 4.1 * bytes_["adapters"]
+    weights = 4 * lora.count(jax.eval_shape(lambda: decoder.init(jax.random.key(0), TINY)))
+    assert 0 < bytes_["base"] < 0.6 * weights if quantize else bytes_["adapters"] == weights
+
+
+def test_what_loftq_samples_from_is_quantised():
+    config = configured(method="loftq")
+    parts = programs.sampling(config, TINY, sharding.mesh(""), jnp.float32, 64).parts
+    base = programs.state(config, TINY, sharding.mesh(""), jnp.float32)["base"]
+    assert programs.bytes_per_chip(parts["base"]) == programs.bytes_per_chip(base)
 
 
 def test_sampling_is_beside_it(quick, here):
