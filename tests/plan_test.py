@@ -19,11 +19,15 @@ from lora_jax.models.config import DecoderConfig
 from train import (
     advice,
     architectures,
+    distill_settings,
+    dpo_settings,
     forecast,
     methods,
+    placing,
     plan,
     plan_table,
     programs,
+    rl_settings,
     sft,
     topology,
     update,
@@ -231,6 +235,35 @@ def test_what_to_change_where_no_row_fits():
     assert "config.method='lora'" in advice.changes(plan.fully(config), mesh, found, {"full": 0})
     assert not found.fits and plan_table.spare(found) == "too much by 45.00 GiB"
     assert dataclasses.replace(found, peak=2**33).fits
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_rows_that_are_advised_are_not_refused(accumulate):
+    config, mesh = configured(accumulate=accumulate), AbstractMesh((1, 16, 1, 1), sharding.AXES)
+    found = forecast.Forecast("v5e:4x4", "TPU v5e", 16, {}, {}, 0, 0, 2**35, 0, 2**34, {}, 1, {}, 1, 0.0)
+    said = advice.changes(config, mesh, found, {"none": 0, "full": 3})
+    assert said == f"config.remat='full' with config.batch_size={3 * 16 * accumulate}"
+    config.batch_size = 3 * 16 * accumulate
+    config.eval.batch_size = 16
+    with jax.sharding.use_abstract_mesh(mesh):
+        placing.check(config)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "name"),
+    [(dpo_settings.dpo, "beta"), (rl_settings.rl, "policy"), (distill_settings.distill, "on_policy")],
+)
+def test_other_trainers_configs_are_not_planned(here, trainer, name):
+    with pytest.raises(ValueError, match=rf"^config.{name} is of another trainer, and plans are of train.sft's runs"):
+        plan.plan(trainer(), here, rich.console.Console(), "a run")
+
+
+def test_of_data_that_is_not_read_yet_tokens_are_asked_for(here):
+    config = configured()
+    config.data.source, config.data.stream = "many.jsonl", True
+    with pytest.raises(ValueError, match=r"^config.data.stream=True: .* cannot be counted; give --tokens$"):
+        plan.plan(config, here, rich.console.Console(), "a run")
+    plan.check(config, tokens=1000)
 
 
 def test_where_there_is_no_data_a_length_is_needed():
