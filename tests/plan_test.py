@@ -266,6 +266,21 @@ def test_of_data_that_is_not_read_yet_tokens_are_asked_for(here):
     plan.check(config, tokens=1000)
 
 
+@pytest.mark.parametrize(("mesh", "chips", "said"), [("", 4, True), ("fsdp=4", 4, False), ("", 1, False)])
+def test_what_to_give_a_run_that_has_no_mesh(here, monkeypatch, mesh, chips, said):
+    config, console = configured(mesh=mesh), rich.console.Console(record=True, width=160)
+    found = forecast.Forecast("v5e:2x2", "TPU v5e", chips, {}, {}, 0, 1, 1, 1, 2**34, {}, 1, {"compute": 1.0}, 1, 0.0)
+    for name, value in {"training": None, "sampling": None}.items():
+        monkeypatch.setattr(programs, name, lambda *_, value=value: value)
+    monkeypatch.setattr(forecast, "make", lambda *_: found)
+    monkeypatch.setattr(plan, "mesh_of", lambda *_: AbstractMesh((1, chips, 1, 1), sharding.AXES))
+    monkeypatch.setattr(advice, "rows_that_fit", lambda *_: {})
+    monkeypatch.setattr(advice, "trained", lambda _: 1)
+    monkeypatch.setattr(plan_table, "table", lambda _: "")
+    plan.plan(config, here, console, "a run")
+    assert ("give --config.mesh=fsdp=4: without it a run takes one device" in console.export_text()) == said
+
+
 def test_where_there_is_no_data_a_length_is_needed():
     config = copy.deepcopy(configured())
     config.data.length = 0

@@ -96,6 +96,11 @@ def plan(
         advice.capacity(trained, rows.tokens),
         f"the learning rate is {rate:.3g}",
     ]
+    if not config.mesh and mesh.size > 1:  # a run's own default is not the plan's
+        facts.append(
+            f"to run so, give --config.mesh=fsdp={mesh.size}: without it a run takes one device, or a whole base on "
+            "each of several hosts' devices"
+        )
     console.print("\n".join(facts), soft_wrap=True, highlight=False)
     if picture:
         plan_table.picture(found, f"{name} on {where.name}", Path(picture))
