@@ -323,7 +323,7 @@ class Refusing:
 def test_a_compiler_that_refuses_says_what_a_program_would_take(here, said, gib, beside):
     mesh = sharding.mesh("", here.devices)
     parts = {"base": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=sharding.rows(mesh))}
-    found = forecast.make(programs.Program(Refusing(said), parts, 1, 0, 1), mesh, here)
+    found = forecast.make(programs.Program(Refusing(said), parts, 1, 0, 0, 1), mesh, here)
     assert found.peak == pytest.approx(gib * 2**30 + beside, abs=1) and found.arguments is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 1), mesh, here)
+        forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 0, 1), mesh, here)
