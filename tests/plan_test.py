@@ -11,13 +11,29 @@ import jax
 import jax.numpy as jnp
 import pytest
 import rich.console
+import sft_test
 from jax.sharding import AbstractMesh
 
 import lora_jax as lora
 from lora_jax import sharding
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
-from train import advice, architectures, forecast, plan, plan_table, programs, topology
+from train import (
+    advice,
+    architectures,
+    distill_settings,
+    dpo_settings,
+    forecast,
+    methods,
+    placing,
+    plan,
+    plan_table,
+    programs,
+    rl_settings,
+    sft,
+    topology,
+    update,
+)
 from train import config as settings
 
 TINY = DecoderConfig("llama", 512, 128, 256, 2, 4, 2, 32, 256)
@@ -41,6 +57,36 @@ def configured(**changes):
         config.update({"model": "llama-3.2-1b", "batch_size": 2, **changes})
         config.data.length = 64
     return config
+
+
+def step_of_a_run(config, folder, monkeypatch):
+    """What `train.sft` gives its step first, but for the key, and the step, lowered; nothing is trained."""
+    found, make = [], update.make_update
+
+    def run(*_, trainable, optimizer, update, batches, **__):
+        batch = jax.device_put(next(batches), sharding.rows(jax.sharding.get_mesh()))
+        update(trainable, optimizer, batch, jax.random.fold_in(jax.random.key(config.seed), 0))
+
+    def recorded(*arguments):
+        step = make(*arguments)
+
+        def lower(*given):
+            found.append((given[:-1], step.lower(*given)))
+
+        return lower
+
+    monkeypatch.setattr(sft, "make_update", recorded)
+    monkeypatch.setattr(sft, "run", run)
+    sft.train(config, folder / "run", "a run")
+    return found[0]
+
+
+def planned(config):
+    """The step that is planned for all devices of this machine."""
+    where = topology.get("here")
+    rows, dtype = plan.read(config), plan.dtype_of(config, where)
+    shape = plan.attending(config, rows.shape, where, dtype)
+    return programs.training(config, shape, plan.mesh_of(config, where), dtype, rows.length, rows.learned)
 
 
 @pytest.fixture
@@ -97,6 +143,34 @@ def test_arguments_are_those_that_the_compiler_counts(quick, here, changes):
     else:
         assert parts["base"] == weights
     assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], rel=1e-3)
+
+
+def test_a_plan_is_of_the_step_that_a_run_compiles(model, tmp_path, monkeypatch):
+    """`eight_devices_plan.py` has meshes, and the places of every method's arrays."""
+    changes = {"method": "lora+", "accumulate": 2, "loss_chunk": 24, "data__pack": True}
+    config = sft_test.configured(model, tmp_path, mesh="data=1", **changes)
+    _, lowered = step_of_a_run(config, tmp_path, monkeypatch)
+    assert lowered.as_text() == planned(config).lowered.as_text()
+    config.remat = "full"
+    assert lowered.as_text() != planned(config).lowered.as_text()
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_can_be_planned(method):
+    quantize = "nf4" if method != "full" else ""
+    config = configured(method=method, quantize=quantize, soft_text="a text" if method in methods.SOFT else "")
+    state = programs.state(config, TINY, sharding.mesh(""), jnp.float32)
+    bytes_ = {name: programs.bytes_per_chip(part) for name, part in state.items()}
+    assert 0 < bytes_["optimizer"] <= 4.1 * bytes_["adapters"]
+    weights = 4 * lora.count(jax.eval_shape(lambda: decoder.init(jax.random.key(0), TINY)))
+    assert 0 < bytes_["base"] < 0.6 * weights if quantize else bytes_["adapters"] == weights
+
+
+def test_what_loftq_samples_from_is_quantised():
+    config = configured(method="loftq")
+    parts = programs.sampling(config, TINY, sharding.mesh(""), jnp.float32, 64).parts
+    base = programs.state(config, TINY, sharding.mesh(""), jnp.float32)["base"]
+    assert programs.bytes_per_chip(parts["base"]) == programs.bytes_per_chip(base)
 
 
 def test_sampling_is_beside_it(quick, here):
@@ -165,6 +239,50 @@ def test_what_to_change_where_no_row_fits():
     assert dataclasses.replace(found, peak=2**33).fits
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_rows_that_are_advised_are_not_refused(accumulate):
+    config, mesh = configured(accumulate=accumulate), AbstractMesh((1, 16, 1, 1), sharding.AXES)
+    found = forecast.Forecast("v5e:4x4", "TPU v5e", 16, {}, {}, 0, 0, 2**35, 0, 2**34, {}, 1, {}, 1, 0.0)
+    said = advice.changes(config, mesh, found, {"none": 0, "full": 3})
+    assert said == f"config.remat='full' with config.batch_size={3 * 16 * accumulate}"
+    config.batch_size = 3 * 16 * accumulate
+    config.eval.batch_size = 16
+    with jax.sharding.use_abstract_mesh(mesh):
+        placing.check(config)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "name"),
+    [(dpo_settings.dpo, "beta"), (rl_settings.rl, "policy"), (distill_settings.distill, "on_policy")],
+)
+def test_other_trainers_configs_are_not_planned(here, trainer, name):
+    with pytest.raises(ValueError, match=rf"^config.{name} is of another trainer, and plans are of train.sft's runs"):
+        plan.plan(trainer(), here, rich.console.Console(), "a run")
+
+
+def test_of_data_that_is_not_read_yet_tokens_are_asked_for(here):
+    config = configured()
+    config.data.source, config.data.stream = "many.jsonl", True
+    with pytest.raises(ValueError, match=r"^config.data.stream=True: .* cannot be counted; give --tokens$"):
+        plan.plan(config, here, rich.console.Console(), "a run")
+    plan.check(config, tokens=1000)
+
+
+@pytest.mark.parametrize(("mesh", "chips", "said"), [("", 4, True), ("fsdp=4", 4, False), ("", 1, False)])
+def test_what_to_give_a_run_that_has_no_mesh(here, monkeypatch, mesh, chips, said):
+    config, console = configured(mesh=mesh), rich.console.Console(record=True, width=160)
+    found = forecast.Forecast("v5e:2x2", "TPU v5e", chips, {}, {}, 0, 1, 1, 1, 2**34, {}, 1, {"compute": 1.0}, 1, 0.0)
+    for name, value in {"training": None, "sampling": None}.items():
+        monkeypatch.setattr(programs, name, lambda *_, value=value: value)
+    monkeypatch.setattr(forecast, "make", lambda *_: found)
+    monkeypatch.setattr(plan, "mesh_of", lambda *_: AbstractMesh((1, chips, 1, 1), sharding.AXES))
+    monkeypatch.setattr(advice, "rows_that_fit", lambda *_: {})
+    monkeypatch.setattr(advice, "trained", lambda _: 1)
+    monkeypatch.setattr(plan_table, "table", lambda _: "")
+    plan.plan(config, here, console, "a run")
+    assert ("give --config.mesh=fsdp=4: without it a run takes one device" in console.export_text()) == said
+
+
 def test_where_there_is_no_data_a_length_is_needed():
     config = copy.deepcopy(configured())
     config.data.length = 0
@@ -207,10 +325,10 @@ class Refusing:
 def test_a_compiler_that_refuses_says_what_a_program_would_take(here, said, gib, beside):
     mesh = sharding.mesh("", here.devices)
     parts = {"base": jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=sharding.rows(mesh))}
-    found = forecast.make(programs.Program(Refusing(said), parts, 1, 0, 1), mesh, here)
+    found = forecast.make(programs.Program(Refusing(said), parts, 1, 0, 0, 1), mesh, here)
     assert found.peak == pytest.approx(gib * 2**30 + beside, abs=1) and found.arguments is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 1), mesh, here)
+        forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 0, 1), mesh, here)
 
 
 def test_of_every_program_in_the_documents_the_compiler_counted_what_was_predicted():

@@ -205,6 +205,6 @@ def test_a_mesh_that_does_not_fit_stops_a_run_before_anything_is_read(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["eight_devices_sharding.py", "eight_devices_training.py"])
+@pytest.mark.parametrize("file", ["eight_devices_sharding.py", "eight_devices_training.py", "eight_devices_plan.py"])
 def test_on_eight_devices(file):
     eight.run(file)

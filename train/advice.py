@@ -27,7 +27,7 @@ def rows_that_fit(
     learned: int,
     forecast: Forecast,
 ) -> dict[str, int]:
-    """How many rows fit on a chip at each tier of remat, by arithmetic from one compiled step.
+    """How many rows fit on a chip at once, at each tier of remat, by arithmetic from one compiled step.
 
     What is kept for the backward pass is known of each tier. Of the rest it is taken, to be safe, that it grows with
     the rows and does not shrink with them.
@@ -40,7 +40,7 @@ def rows_that_fit(
       forecast: of that run.
 
     Returns:
-      `{remat: rows}`, 0 where not even one fits.
+      `{remat: rows}`, of one of `config.accumulate` parts; 0 where not even one fits.
     """
     now = config.batch_size // config.accumulate / programs.row_parts(mesh)
     free = forecast.room - forecast.state - forecast.bytes["program"]
@@ -62,8 +62,8 @@ def changes(config: settings.Config, mesh: Mesh, forecast: Forecast, fitting: Ma
       forecast: of the run.
       fitting: from `rows_that_fit`.
     """
-    parts = programs.row_parts(mesh)
-    some = [f"config.remat={remat!r} with config.batch_size={n * parts}" for remat, n in fitting.items() if n]
+    rows = programs.row_parts(mesh) * config.accumulate
+    some = [f"config.remat={remat!r} with config.batch_size={n * rows}" for remat, n in fitting.items() if n]
     if some:
         return " or ".join(some)
     ways, sizes = [], mesh.shape

@@ -86,13 +86,16 @@ def spec(config: Config) -> lora.Spec:
 
 
 def load(config: Config, dtype: jnp.dtype) -> hf.Checkpoint:
-    """The base of a config, its linear weights quantised where that is asked for, on the mesh in context.
+    """The base of a config, its linear weights quantised where that is asked for, on the mesh in context."""
+    return hf.load(config.model, dtype, quantize=quantised(config), places=placing.base(config))
+
+
+def quantised(config: Config) -> dict[str, str] | None:
+    """Which weights of a base are quantised as it is read; None for none.
 
     LoftQ quantises it itself, when it knows what the adapters begin with.
     """
-    now = config.quantize and config.method != "loftq"
-    quantize = {"all-linear": config.quantize} if now else None
-    return hf.load(config.model, dtype, quantize=quantize, places=placing.base(config))
+    return {"all-linear": config.quantize} if config.quantize and config.method != "loftq" else None
 
 
 def attending(config: Config, model: hf.Checkpoint) -> hf.Checkpoint:

@@ -103,6 +103,24 @@ def trained(config: Config, base: Tree, trainable: Tree, specs: sharding.Specs, 
     return sharding.divided(trainable, computing) if config.sharding.divide else computing, computing
 
 
+def moments(optimizer: Tree, where: Tree, mesh: Mesh) -> Tree:
+    """Where an optimizer's state is that was made of what is trained: as that, and a count on every device.
+
+    Args:
+      optimizer: its state, or the shapes of it.
+      where: what is trained is, as `trained` gives it.
+      mesh: of the devices.
+    """
+    own = dict(jax.tree_util.tree_leaves_with_path(where))
+
+    # A moment's path ends as that of the array that it is of; those of what is frozen are not there.
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        ends = (path[i:] for i in range(len(path)))
+        return next((own[end] for end in ends if end in own), NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(place, optimizer)
+
+
 def whole(tree: Tree) -> Tree:
     """A tree whose arrays of one device are on every device of the mesh in context."""
     mesh = jax.sharding.get_mesh()

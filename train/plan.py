@@ -71,8 +71,8 @@ def plan(
     Raises:
       ValueError, OSError: with one line that says what to change; also if the run does not fit.
     """
-    mesh, dtype = mesh_of(config, where), dtype_of(config, where)
     rows = read(config, tokens)
+    mesh, dtype = mesh_of(config, where), dtype_of(config, where)
     rows = rows._replace(shape=attending(config, rows.shape, where, dtype))
     step = programs.training(config, rows.shape, mesh, dtype, rows.length, rows.learned)
     full = programs.training(fully(config), rows.shape, mesh, dtype, rows.length, rows.learned)
@@ -91,10 +91,16 @@ def plan(
         f"{rows.length} tokens, config.remat={config.remat!r}",
         f"between steps: {first.state / sampling.state:.3f} of what sampling keeps without its cache; at the peak: "
         f"{first.peak / sampling.peak:.3f} of sampling's",
-        "rows a chip that fit, about: " + ", ".join(f"{n} with config.remat={remat!r}" for remat, n in fitting.items()),
+        "rows a chip that fit at once, about: "
+        + ", ".join(f"{n} with config.remat={remat!r}" for remat, n in fitting.items()),
         advice.capacity(trained, rows.tokens),
         f"the learning rate is {rate:.3g}",
     ]
+    if not config.mesh and mesh.size > 1:  # a run's own default is not the plan's
+        facts.append(
+            f"to run so, give --config.mesh=fsdp={mesh.size}: without it a run takes one device, or a whole base on "
+            "each of several hosts' devices"
+        )
     console.print("\n".join(facts), soft_wrap=True, highlight=False)
     if picture:
         plan_table.picture(found, f"{name} on {where.name}", Path(picture))
@@ -103,6 +109,28 @@ def plan(
         raise ValueError(
             f"does not fit: {plan_table.gib(first.peak)} a chip of {plan_table.gib(first.room)}; "
             f"try {advice.changes(config, mesh, first, fitting)}"
+        )
+
+
+def check(config: settings.Config, tokens: int = 0) -> None:
+    """Finds what no plan can be made of.
+
+    Args:
+      config: of the run.
+      tokens: to learn in the data; 0 to count them.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    if other := sorted(set(config) - set(settings.sft())):
+        raise ValueError(
+            f"config.{other[0]} is of another trainer, and plans are of train.sft's runs; "
+            "give a config of these, such as configs/quickstart.py"
+        )
+    settings.check_common(config)
+    if config.data.stream and config.data.source and not tokens:
+        raise ValueError(
+            "config.data.stream=True: tokens to learn that are not read yet cannot be counted; give --tokens"
         )
 
 
@@ -116,7 +144,7 @@ def read(config: settings.Config, tokens: int = 0) -> Rows:
     Raises:
       ValueError, OSError: with one line that says what to change.
     """
-    settings.check_common(config)
+    check(config, tokens)
     length, steps = config.data.length, config.steps * config.batch_size
     if config.model in architectures.ARCHITECTURES or not config.data.source:
         if length < 1:

@@ -3,6 +3,7 @@
 Nothing is computed and no weight is read: arrays are shapes with their places on a mesh.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import cost, sharding
@@ -117,15 +117,11 @@ def state(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: jnp.
     specs = placing.weight_specs(config, shape, model.params, mesh)
     where, _ = placing.trained(config, base, trainable, specs, mesh)
     tx = methods.optimizer(config, trainable, settings.schedule(config, methods.rate(config, shape.dim)))
-    everywhere = NamedSharding(mesh, PartitionSpec())
     optimizer = jax.eval_shape(tx.init, trainable)
-    places = optax.tree.map_params(
-        tx, lambda _, place: place, optimizer, where, transform_non_params=lambda _: everywhere
-    )
     return {
         "base": None if base is None else sharding.gathered(placed(base, sharding.places(base, specs, mesh)), specs),
         "adapters": placed(trainable, where),
-        "optimizer": placed(optimizer, places),
+        "optimizer": placed(optimizer, placing.moments(optimizer, where, mesh)),
     }
 
 
@@ -169,14 +165,15 @@ def sampling(config: settings.Config, shape: DecoderConfig, mesh: Mesh, dtype: j
       The program, its parts `base`, `cache` and `batch`.
     """
     model = _model(config, shape, dtype)
-    specs = placing.weight_specs(config, shape, model.params, mesh)
+    base = _start(config, model)[0] or model.params
+    specs = placing.weight_specs(config, shape, base, mesh)
     rows = sharding.rows(mesh)
     cache = jax.eval_shape(lambda: decoder.init_cache(shape, config.batch_size, length, dtype))
     heads = "tensor" if shape.kv_heads % mesh.shape["tensor"] == 0 else None
     keys_values = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH, heads))
     where = {"k": keys_values, "v": keys_values, "positions": rows, "length": NamedSharding(mesh, PartitionSpec())}
     parts = {
-        "base": sharding.gathered(placed(model.params, sharding.places(model.params, specs, mesh)), specs),
+        "base": sharding.gathered(placed(base, sharding.places(base, specs, mesh)), specs),
         "cache": placed(cache, where),
         "batch": jax.ShapeDtypeStruct((config.batch_size, 1), jnp.int32, sharding=rows),
     }
@@ -223,10 +220,11 @@ def _model(config: settings.Config, shape: DecoderConfig, dtype: jnp.dtype) -> h
     """The base as `methods.load` gives it."""
     params = jax.eval_shape(lambda key: decoder.init(key, shape, dtype), jax.random.key(0))
     model = hf.Checkpoint(shape, params, None, None, None, config.model)
-    if not config.quantize or config.method == "full":
+    rules = methods.quantised(config)
+    if not rules:
         return model
     sites = methods.sites(model)
-    params = jax.eval_shape(lambda params: quantize(params, sites, {"all-linear": config.quantize}), params)
+    params = jax.eval_shape(lambda params: quantize(params, sites, rules), params)
     return dataclasses.replace(model, params=params)
 
 
@@ -234,6 +232,8 @@ def _start(config: settings.Config, model: hf.Checkpoint) -> tuple[Tree, Tree]:
     """The base and what is trained, as `start.begin` makes them."""
     if config.adapter:
         return model.params, jax.eval_shape(lambda x: x, adapters(config, model, force=True))
+    config = copy.deepcopy(config)
+    config.soft_text = ""  # a prompt is as large whatever it starts from, and here is no tokenizer
 
     def start(key: jax.Array, params: Tree) -> tuple[Tree, Tree]:
         return methods.start(key, config, dataclasses.replace(model, params=params))
