@@ -64,8 +64,8 @@ OTHERS = {
 }
 
 
-def start(place, folder, count, *more, present=None, script="sft", config="quickstart", settings=SFT):
-    """The processes of a run by several hosts, or those of them that are present."""
+def start(place, folder, count, *more, present=None, script="sft", config="quickstart", settings=SFT, slurm=False):
+    """The processes of a run by several hosts, or those of them that are present; by flags, or as SLURM says."""
     settings = {
         "model": place / "model",
         "run": place / folder,
@@ -83,14 +83,17 @@ def start(place, folder, count, *more, present=None, script="sft", config="quick
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
+    flagged = not slurm and count > 1
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count), "SLURM_LOCALID": "0"}
+    step |= {"JAX_COORDINATOR_PORT": str(port)}
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}", "XDG_CACHE_HOME": str(place / "cache")}
     return [
         subprocess.Popen(
             [sys.executable, "-m", f"train.{script}", f"--config={ROOT}/configs/{config}.py", *flags]
-            + ([f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={n}"] if count > 1 else [])
+            + ([f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={n}"] if flagged else [])
             + [flag.replace("HOST", str(n)) for flag in more],
             cwd=place / f"host{n}",
-            env=os.environ | {"JAX_PLATFORMS": "cpu"} | paths,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | paths | (step | {"SLURM_PROCID": str(n)} if slurm else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -187,8 +190,15 @@ def test_other_trainers_on_two_hosts(place, trainer):
     assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 1e-4
 
 
-def test_a_host_that_never_arrives_is_named(place):
-    said = end(start(place, "missing", 2, "--arrival=2", present=[0]), status=1)
+def test_two_hosts_meet_as_slurm_says(place):
+    said = end(start(place, "srun", 2, "--config.steps=1", slurm=True))
+    assert "held-out loss" in said[0][0] and not said[1][0]
+    assert numbers(place, "srun")[0] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_host_that_never_arrives_is_named(place, slurm):
+    said = end(start(place, "missing", 2, "--arrival=2", present=[0], slurm=slurm), status=1)
     assert "for 2 hosts, but not for host 1: start it" in errors(said)[0]
     assert not (place / "missing").exists()
 

@@ -3,6 +3,7 @@
 All run the same command. What is printed and written, the first one prints and writes.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -34,27 +35,44 @@ def join() -> None:
       ValueError: if the flags say half of it, or nothing knows the rest.
       TimeoutError: if a host never arrives.
     """
-    address, count, number = COORDINATOR.value, PROCESSES.value, PROCESS.value
-    if not (address or count or number >= 0 or DISTRIBUTED.value or _detected(os.environ)):
+    given = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    if given == ("", 0, -1) and not DISTRIBUTED.value and not _detected(os.environ):
         return
-    known = bool(address) and count > 0 and number >= 0
-    if known and number >= count:
-        raise ValueError(f"--process={number}: with --processes={count} it is one of 0 to {count - 1}")
-    if known:
+    try:
+        address, count, number = _found(*given)
+    except (ValueError, RuntimeError) as error:
+        raise _cannot(error) from None
+    if address and count and number is not None:
+        if number >= count:
+            raise ValueError(f"--process={number}: with --processes={count} it is one of 0 to {count - 1}")
         meeting.wait(address, count, number, ARRIVAL.value)
     try:
-        jax.distributed.initialize(
-            address or None,
-            count or None,
-            number if number >= 0 else None,
-            initialization_timeout=ARRIVAL.value,
-        )
+        jax.distributed.initialize(address, count, number, initialization_timeout=ARRIVAL.value)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"several hosts cannot begin ({' '.join(str(error).split())}); give --coordinator, --processes, --process"
-        ) from None
+        raise _cannot(error) from None
     if not first():
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _found(coordinator: str, processes: int, process: int) -> tuple[str | None, int | None, int | None]:
+    """The first host's address, how many there are and which this is: what flags leave open, as JAX finds it out."""
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    given = address, processes or None, process if process >= 0 else None
+    if None not in given:
+        return given
+    # JAX has no public way to ask. Where this one is gone, it begins all the same, but nobody says who does not come.
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        from jax._src.clusters import ClusterEnv
+
+        return ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, ARRIVAL.value)[:3]
+    return given
+
+
+def _cannot(error: Exception) -> ValueError:
+    return ValueError(
+        f"several hosts cannot begin ({' '.join(str(error).split())}); start all of them, or give --coordinator, "
+        "--processes, --process"
+    )
 
 
 def _detected(environment: Mapping[str, str]) -> bool:
