@@ -7,8 +7,12 @@ import contextlib
 import datetime
 import json
 import os
+import re
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +28,8 @@ PROCESSES = flags.DEFINE_integer("processes", 0, "how many hosts there are; 0: a
 PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0; -1: as the cluster says", lower_bound=-1)
 ARRIVAL = flags.DEFINE_integer("arrival", 300, "seconds to wait for all of them", lower_bound=1)
 DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "there are several hosts, and the cluster says which")
+
+SEEN = 60  # seconds until what one host writes is there for all; NFS looks again after 30
 
 Tree = Any
 
@@ -97,6 +103,11 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def lost(error: BaseException) -> bool:
+    """Whether an error is that of an exchange with a host that is gone: those who exchange for JAX say so in words."""
+    return several() and re.search(r"Gloo|NCCL|by peer|UNAVAILABLE|heartbeat", str(error)) is not None
+
+
 def first() -> bool:
     """Whether this is the one that writes."""
     return not several() or jax.process_index() == 0
@@ -127,6 +138,35 @@ def agree(values: Mapping[str, Any], what: str) -> None:
                     f"{what}{name} is {one.get(name)!r} on host 0 and {other.get(name)!r} on host {host}; "
                     "start all of them with the same command and the same files"
                 )
+
+
+def share(folder: Path) -> None:
+    """Finds a run's folder that is another one on another host: what one of them writes, all must see.
+
+    Args:
+      folder: of the run; made if it is not there.
+
+    Raises:
+      ValueError: on every host, naming those that do not see it.
+    """
+    if not several():
+        return
+    mark = folder / f".seen-{told(lambda: secrets.token_hex(4))}"  # no host has looked for this name before
+    if first():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("written")
+    deadline = time.monotonic() + SEEN
+    while not mark.is_file() and time.monotonic() < deadline:
+        time.sleep(1)
+    seen = multihost_utils.process_allgather(np.bool_(mark.is_file()))
+    if first():
+        mark.unlink()
+    if missing := ", ".join(f"host {host}" for host in np.flatnonzero(~seen)):
+        raise ValueError(
+            f"config.run={folder}: {missing} cannot see what host 0 writes there ({folder.absolute()} here); "
+            "give a folder of a file system that all hosts share"
+        )
 
 
 def told(make: Callable[[], Any]) -> Any:

@@ -83,6 +83,7 @@ def run(
     """
     with watch.asked_to_stop() as asked:
         hosts.agree(identity, "the run's ")
+        hosts.share(folder)
         resolved = config.to_dict()
         beside = {"config": resolved, "lora-jax": lora.__version__}
         checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=beside)
