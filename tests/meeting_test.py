@@ -173,3 +173,13 @@ def test_one_host_is_everything():
     assert hosts.first() and not hosts.several() and hosts.part(8) == slice(0, 8)
     hosts.agree({"a": 1}, "")
     hosts.leave()
+
+
+def test_whose_error_it_is(monkeypatch):
+    """What Gloo says of a host that was killed in a step, and Orbax of one that was in a save."""
+    gloo = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:6019: Connection reset by peer"
+    orbax = "6: the checkpoint cannot be written (Timed out while waiting for async_write_complete barrier.)"
+    assert not hosts.lost(ValueError(gloo))  # there is no other host
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    assert hosts.lost(ValueError(gloo)) and hosts.lost(OSError(orbax))
+    assert not hosts.lost(ValueError("config.steps=0")) and not hosts.lost(RuntimeError("RESOURCE_EXHAUSTED: memory"))

@@ -105,7 +105,7 @@ def several() -> bool:
 
 def lost(error: BaseException) -> bool:
     """Whether an error is that of an exchange with a host that is gone: those who exchange for JAX say so in words."""
-    return several() and re.search(r"Gloo|NCCL|by peer|UNAVAILABLE|heartbeat", str(error)) is not None
+    return several() and re.search(r"Gloo|NCCL|by peer|UNAVAILABLE|barrier|heartbeat", str(error)) is not None
 
 
 def first() -> bool:
