@@ -9,6 +9,7 @@ The base is never saved. Its fingerprint is, and a run goes on only over the bas
 With several hosts each writes what its devices hold, into one folder that all of them see, and the first one the rest.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from lora_jax.manifest import best as best
 from lora_jax.manifest import newest as newest
 from lora_jax.tree import nbytes
 
+FULL = os.strerror(errno.ENOSPC)  # as Orbax's writers say it too
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -168,7 +170,7 @@ class Checkpoints:
     def _begin(self, state: State) -> None:
         need, free = nbytes((state.trainable, state.optimizer)), shutil.disk_usage(self.folder).free
         if free < need:
-            raise OSError(f"disk full: {need / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free")
+            raise OSError(f"{FULL}: {need / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free")
         self._orbax.save(
             self.folder / str(state.step),
             args=ocp.args.Composite(
@@ -200,7 +202,7 @@ class Checkpoints:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return OSError(
             f"{self.folder / str(step)}: the checkpoint cannot be written ({reason}); {kept}; "
-            "make room and run the same command again"
+            f"{'make room' if FULL in str(error) else 'mend that'} and run the same command again"
         )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.adapters import SHARED, Adapter, Along
@@ -21,6 +23,7 @@ from lora_jax.tree import Tree, leaves_by_path, nearest, replace
 
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH = ("data", "fsdp", "expert")  # what the rows of a batch are divided along
+ACROSS = ("data", "fsdp")  # what may go from one slice of TPUs to another, in a step a few times and not at every layer
 # Of the decoder: heads, the MLP's hidden axis and the vocabulary over "tensor"; what is left of a weight along D.
 RULES = (
     ("E", "expert"),
@@ -45,34 +48,60 @@ def mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
       devices: all of them, unless given.
 
     Returns:
-      The mesh, its sizes multiplying to the number of devices.
+      The mesh, its sizes multiplying to the number of devices. Where these are of several slices, such as slices of
+      TPUs or machines of GPUs, "data" goes across them, and "fsdp" as far as "data" does not.
 
     Raises:
-      ValueError: if an axis is unknown, or the sizes do not multiply to the number of devices.
+      ValueError: if an axis is unknown or given twice, the sizes do not multiply to the number of devices, or they
+        cannot be laid over slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (word.strip() for word in part.partition("="))
-        if name not in sizes:
+        if name not in AXES:
             raise ValueError(f"mesh {text!r}: no axis {name!r}; there are {', '.join(AXES)}")
+        if name in sizes:
+            raise ValueError(f"mesh {text!r}: {name} is given twice; give each axis one size")
         if not re.fullmatch(r"-1|[1-9]\d*", size):
             raise ValueError(f"mesh {text!r}: the size of {name} must be a positive number or -1, not {size!r}")
         sizes[name] = int(size)
-    open_axes = [name for name, size in sizes.items() if size == -1]
+    open_axes = [name for name in AXES if sizes.get(name) == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1:
         raise ValueError(f"mesh {text!r}: only one axis can be -1, not {' and '.join(open_axes)}")
     if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise ValueError(
             f"mesh {text!r}: its sizes multiply to {known}, and there are {len(devices)} devices; "
-            f"sizes that divide them are {', '.join(map(str, divisors))}, and -1 takes what the others leave"
+            f"sizes that divide them are {_divisors(len(devices))}, and -1 takes what the others leave"
         )
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+    laid = _laid(text, [sizes.get(name, 1) for name in AXES], devices)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid(text: str, sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of a mesh, neighbours along an axis being near each other."""
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:  # an axis of the torus is divided by two of the mesh's only where it must be
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    along = ACROSS if devices[0].platform == "tpu" else AXES  # between machines of GPUs any axis is as good
+    across = []
+    for name, size in zip(AXES, sizes, strict=True):
+        across.append(math.gcd(size, left) if name in along else 1)
+        left //= across[-1]
+    if left > 1:
+        raise ValueError(
+            f"mesh {text!r}: the devices are of {slices} slices, across which only {' and '.join(along)} go; "
+            f"let these multiply to a multiple of {slices}, such as data={slices}"
+        )
+    within = [size // count for size, count in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def specs(params: Tree, names: Mapping[str, str], rules: Sequence[tuple[str, str]], mesh: Mesh) -> dict[str, Any]:
@@ -90,8 +119,8 @@ def specs(params: Tree, names: Mapping[str, str], rules: Sequence[tuple[str, str
       `{path: PartitionSpec}`.
 
     Raises:
-      ValueError: if a pattern or a rule matches nothing, a weight has no names or another number of them, or an axis
-        cannot be divided; with what would do.
+      ValueError: if a pattern or a rule matches nothing, a rule is no pair, a weight has no names or another number of
+        them, or an axis cannot be divided; with what would do.
     """
     leaves = leaves_by_path(params)
     found, used = {}, set()
@@ -110,28 +139,38 @@ def specs(params: Tree, names: Mapping[str, str], rules: Sequence[tuple[str, str
         if pattern not in used:
             raise ValueError(f"no parameter matches {pattern!r}, which names axes; nearest: {nearest(pattern, leaves)}")
     every = {name for own in found.values() for name in own}
-    for name, axis in rules:
+    for rule in rules:
+        if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+            raise ValueError(
+                f"sharding.rules: {rule!r} is no pair of a name and an axis of the mesh; give pairs, such as "
+                '(("F", "tensor"),)'
+            )
+        name, axis = rule
         if axis not in mesh.shape:
             raise ValueError(f"rule {name!r} -> {axis!r}: the mesh has the axes {', '.join(mesh.shape)}")
         if name not in every:
             raise ValueError(f"rule {name!r} -> {axis!r}: no axis has this name; there are {', '.join(sorted(every))}")
-    return {path: _spec(path, own, leaves[path].shape, rules, mesh) for path, own in found.items()}
+    along = {path: _along(own, rules, mesh) for path, own in found.items()}
+    for path, own in found.items():
+        for name, size, axis in zip(own, leaves[path].shape, along[path], strict=True):
+            if axis and size % mesh.shape[axis]:
+                # What would do divides every weight along this axis.
+                sizes = [leaves[other].shape[axes.index(axis)] for other, axes in along.items() if axis in axes]
+                raise ValueError(
+                    f"{path!r} {list(leaves[path].shape)}: axis {name} of size {size} cannot be divided by "
+                    f"{axis}={mesh.shape[axis]}; choose {axis} among {_divisors(math.gcd(mesh.size, *sizes))}, "
+                    f"or leave the rule for {name} out"
+                )
+    return {path: PartitionSpec(*axes) for path, axes in along.items()}
 
 
-def _spec(
-    path: str, names: Sequence[str], shape: Sequence[int], rules: Sequence[tuple[str, str]], mesh: Mesh
-) -> PartitionSpec:
+def _along(names: Sequence[str], rules: Sequence[tuple[str, str]], mesh: Mesh) -> list[str | None]:
     along: list[str | None] = []
-    for name, size in zip(names, shape, strict=True):
-        axis = next((axis for rule, axis in rules if rule == name and axis not in along and mesh.shape[axis] > 1), None)
-        if axis and size % mesh.shape[axis]:
-            divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= mesh.size)
-            raise ValueError(
-                f"{path!r} {list(shape)}: axis {name} of size {size} cannot be divided by {axis}={mesh.shape[axis]}; "
-                f"choose {axis} among {divisors}, or leave the rule for {name} out"
-            )
-        along.append(axis)
-    return PartitionSpec(*along)
+    for name in names:
+        along.append(
+            next((axis for rule, axis in rules if rule == name and axis not in along and mesh.shape[axis] > 1), None)
+        )
+    return along
 
 
 def places(params: Tree, specs: Specs, mesh: Mesh) -> Tree:

@@ -161,7 +161,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", filling)
     line = mistake(configured(model, tmp_path), folder)
-    assert "disk full" in line and "the one of step 2 is kept" in line
+    assert "No space left" in line and "the one of step 2 is kept; make room" in line
     assert checkpoint.newest(folder / "checkpoints", log=pytest.fail) == 2
     monkeypatch.undo()
     sft.train(configured(model, tmp_path), folder, "again")

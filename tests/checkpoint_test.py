@@ -149,7 +149,7 @@ def test_what_goes_wrong_while_it_is_written_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "write", full)
         checkpoints.save(state(20))
-        with pytest.raises(OSError, match=r"20: the checkpoint cannot be .*No space left.*step 10 is kept"):
+        with pytest.raises(OSError, match=r"20: the checkpoint cannot be .*No space left.*step 10 is kept; make room"):
             checkpoints.save(state(30))  # whichever comes first: the next one, or the end
     assert os.listdir(tmp_path / "run") == ["10"]
     save(checkpoints, state(30))
@@ -197,7 +197,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: full)
-        with pytest.raises(OSError, match=r"20: the checkpoint cannot be .*step 10 is kept") as caught:
+        with pytest.raises(OSError, match=r"20: the checkpoint cannot be .*step 10 is kept; make room") as caught:
             save(checkpoints, state(20))
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path / "run") == ["10"]
@@ -227,7 +227,7 @@ def test_write_error_inside_a_file_keeps_the_last_good_checkpoint(tmp_path):
     run = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("ERROR")]
-    assert "cannot be written" in line and "step 1 is kept" in line
+    assert "cannot be written" in line and "step 1 is kept; mend that and run" in line  # a limit, and not the disk
     assert os.listdir(tmp_path / "run") == ["1"]
     assert checkpoint.newest(tmp_path / "run") == 1
 

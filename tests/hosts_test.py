@@ -64,8 +64,8 @@ OTHERS = {
 }
 
 
-def start(place, folder, count, *more, present=None, script="sft", config="quickstart", settings=SFT):
-    """The processes of a run by several hosts, or those of them that are present."""
+def start(place, folder, count, *more, present=None, script="sft", config="quickstart", settings=SFT, slurm=False):
+    """The processes of a run by several hosts, or those of them that are present; by flags, or as SLURM says."""
     settings = {
         "model": place / "model",
         "run": place / folder,
@@ -83,14 +83,17 @@ def start(place, folder, count, *more, present=None, script="sft", config="quick
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
+    flagged = not slurm and count > 1
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count), "SLURM_LOCALID": "0"}
+    step |= {"JAX_COORDINATOR_PORT": str(port)}
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}", "XDG_CACHE_HOME": str(place / "cache")}
     return [
         subprocess.Popen(
             [sys.executable, "-m", f"train.{script}", f"--config={ROOT}/configs/{config}.py", *flags]
-            + ([f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={n}"] if count > 1 else [])
+            + ([f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={n}"] if flagged else [])
             + [flag.replace("HOST", str(n)) for flag in more],
             cwd=place / f"host{n}",
-            env=os.environ | {"JAX_PLATFORMS": "cpu"} | paths,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | paths | (step | {"SLURM_PROCID": str(n)} if slurm else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -113,6 +116,14 @@ def end(processes, status=0):
     return [(re.sub(r"\[Gloo\].*\n", "", out), errors) for out, errors in said]
 
 
+def wait_for_step(folder, step, processes):
+    """Until a run has made so many steps."""
+    deadline = time.monotonic() + 400
+    while not any(line["step"] >= step for line in loop.read(folder / loop.METRICS)):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
 def errors(said):
     return [next(line for line in errors.splitlines() if line.startswith("error: ")) for _, errors in said]
 
@@ -127,10 +138,7 @@ def numbers(place, folder, names=("loss", "gradient_norm", "tokens", "heldout_lo
 def interrupted(place):
     """Four hosts until the third is asked to stop, then two; returns the step at which they changed."""
     four = start(place, "changed", 4, "--config.mesh=data=2,fsdp=2", "--config.steps=100000")
-    deadline = time.monotonic() + 400
-    while not any(line["step"] >= 2 for line in loop.read(place / "changed" / loop.METRICS)):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in four)
-        time.sleep(0.05)
+    wait_for_step(place / "changed", 2, four)
     os.kill(four[2].pid, signal.SIGTERM)
     said = end(four, run.RESUMABLE)
     stopped = checkpoint.newest(place / "changed" / "checkpoints", log=pytest.fail)
@@ -187,8 +195,15 @@ def test_other_trainers_on_two_hosts(place, trainer):
     assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 1e-4
 
 
-def test_a_host_that_never_arrives_is_named(place):
-    said = end(start(place, "missing", 2, "--arrival=2", present=[0]), status=1)
+def test_two_hosts_meet_as_slurm_says(place):
+    said = end(start(place, "srun", 2, "--config.steps=1", slurm=True))
+    assert "held-out loss" in said[0][0] and not said[1][0]
+    assert numbers(place, "srun")[0] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_host_that_never_arrives_is_named(place, slurm):
+    said = end(start(place, "missing", 2, "--arrival=2", present=[0], slurm=slurm), status=1)
     assert "for 2 hosts, but not for host 1: start it" in errors(said)[0]
     assert not (place / "missing").exists()
 
@@ -208,3 +223,43 @@ def test_hosts_with_different_files(place):
     for host, line in enumerate(errors(said)):
         assert line.startswith(f"error: host {host}: the run's data is ") and " on host 1; start all" in line
     assert not (place / "differ" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_hosts_do_not_share(place):
+    said = end(start(place, "own", 2, "--config.run=own"), status=1)  # each in its own working folder
+    for host, line in enumerate(errors(said)):
+        assert line == (
+            f"error: host {host}: config.run=own: host 1 cannot see what host 0 writes there "
+            f"({place}/host{host}/own here); give a folder of a file system that all hosts share"
+        )
+        assert not list((place / f"host{host}").glob("own/*"))
+
+
+def test_a_host_that_is_killed(place):
+    two = start(place, "killed", 2, "--config.steps=100000")
+    wait_for_step(place / "killed", 7, two)  # the checkpoint of step 3 is whole
+    two[1].kill()
+    said = end(two[:1], status=1)
+    (line,) = errors(said)
+    assert line.startswith("error: host 0: another host is gone or cannot be reached (") and "make room" not in line
+    assert line.endswith("); see why, and the same command goes on from the last checkpoint")
+    assert "Traceback" not in said[0][1]
+    assert checkpoint.newest(place / "killed" / "checkpoints", log=pytest.fail) >= 3
+
+
+def test_asked_to_stop_before_the_first_step(place):
+    """Whether a run begins or goes on, and whichever host is asked."""
+
+    def stopped(*, began):
+        processes = start(place, "early", 2, "--config.steps=100000")
+        deadline = time.monotonic() + 400
+        while not versions.is_file() or versions.stat().st_mtime_ns == began:  # written before the first evaluation
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        os.kill(processes[1].pid, signal.SIGTERM)
+        return int(re.findall(r"step (\d+): asked to stop", end(processes, run.RESUMABLE)[0][0])[0])
+
+    versions = place / "early" / loop.VERSIONS
+    assert stopped(began=0) < 10
+    end(start(place, "early", 2))
+    assert STEPS <= stopped(began=versions.stat().st_mtime_ns) < STEPS + 10

@@ -7,6 +7,7 @@ import time
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from jax._src.clusters import cloud_tpu_cluster
 
 from train import hosts, meeting
 
@@ -84,10 +85,76 @@ def test_what_a_cluster_says():
     assert not hosts._detected({})
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+NO_SLICES = dict.fromkeys(["MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"], "")
+GKE = {"TPU_WORKER_HOSTNAMES": "localhost,other", "TPU_WORKER_ID": "0"} | NO_SLICES
+SLICES = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080", "MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets a cluster's variables, of a machine with TPUs; flags are as they come."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["train"])
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+    def variables(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "given", "found"),
+    [
+        (SLURM, (), ("localhost:61447", 2, 0)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[07-12],m3", "SLURM_PROCID": "1"}, (), ("n07:61447", 2, 1)),
+        (SLURM | {"JAX_COORDINATOR_PORT": "123"}, (), ("localhost:123", 2, 0)),
+        (SLURM, ("a:1", 0, 1), ("a:1", 2, 1)),  # flags count more
+        (GKE, (), ("localhost:8482", 2, 0)),
+        (GKE | SLICES, (), ("localhost:8482", 6, 4)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, ("", 2, 1), ("a:1", 2, 1)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, (), ("a:1", None, None)),
+        ({}, (), (None, None, None)),
+    ],
+)
+def test_what_flags_leave_open_the_environment_says(environment, variables, given, found):
+    environment(**variables)
+    assert hosts._found(*(given or ("", 0, -1))) == found
+
+
+@pytest.mark.parametrize("variables", [SLURM, GKE])
+def test_who_does_not_come_is_named_when_a_cluster_says_who_there_is(environment, port, variables):
+    environment(JAX_COORDINATOR_PORT=str(port), **variables)
+    message = f"waited 1 s at localhost:{port} for 2 hosts, but not for host 1: start it"
+    with flagsaver.flagsaver(arrival=1), pytest.raises(TimeoutError, match=message):
+        hosts.join()
+
+
+def test_a_first_host_without_a_name_yet(environment):
+    environment(**GKE | {"TPU_WORKER_HOSTNAMES": "nobody.invalid,localhost"})
+    with (
+        flagsaver.flagsaver(arrival=1),
+        pytest.raises(ValueError, match=r"\(.*nobody.invalid\); start all of them, or give --coordinator"),
+    ):
+        hosts.join()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"processes": 2}, r"several hosts cannot begin \(.*\); give --coordinator, --processes, --process"),
+        (
+            {"processes": 2},
+            r"several hosts cannot begin \(.*\); start all of them, or give --coordinator, --processes, --process",
+        ),
         (
             {"coordinator": "host0:1", "processes": 2, "process": 2},
             "--process=2: with --processes=2 it is one of 0",
@@ -106,3 +173,13 @@ def test_one_host_is_everything():
     assert hosts.first() and not hosts.several() and hosts.part(8) == slice(0, 8)
     hosts.agree({"a": 1}, "")
     hosts.leave()
+
+
+def test_whose_error_it_is(monkeypatch):
+    """What Gloo says of a host that was killed in a step, and Orbax of one that was in a save."""
+    gloo = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:6019: Connection reset by peer"
+    orbax = "6: the checkpoint cannot be written (Timed out while waiting for async_write_complete barrier.)"
+    assert not hosts.lost(ValueError(gloo))  # there is no other host
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    assert hosts.lost(ValueError(gloo)) and hosts.lost(OSError(orbax))
+    assert not hosts.lost(ValueError("config.steps=0")) and not hosts.lost(RuntimeError("RESOURCE_EXHAUSTED: memory"))

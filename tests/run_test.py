@@ -161,6 +161,47 @@ def test_a_signal_in_the_fifth_step(tmp_path, number, status, kept):
     assert [line["seen"] for line in steps_of(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
+def test_asked_to_stop_in_the_first_evaluation(tmp_path, capsys):
+    config = tiny_trainer.configured(steps=4)
+    with pytest.raises(SystemExit) as stopped:
+        tiny_trainer.train(config, tmp_path / "run", signal_at=(0, signal.SIGTERM))
+    assert stopped.value.code == runner.RESUMABLE
+    assert capsys.readouterr().out.splitlines()[-1] == "step 0: asked to stop; the same command begins anew"
+    again = tiny_trainer.train(config, tmp_path / "run")
+    np.testing.assert_array_equal(again, tiny_trainer.train(config, tmp_path / "whole"))
+    assert [line["step"] for line in loop.read(tmp_path / "run" / loop.METRICS)] == [0, 1, 2, 3, 4, 4]
+
+
+def test_asked_to_stop_while_a_checkpoint_is_read(tmp_path, capsys, monkeypatch):
+    config = tiny_trainer.configured(steps=4, checkpoint__every=2)
+    with pytest.raises(ZeroDivisionError):
+        tiny_trainer.train(config, tmp_path / "run", fail_at=3)
+    restore = checkpoint.Checkpoints.restore
+
+    def asked(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return restore(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(checkpoint.Checkpoints, "restore", asked)
+        tiny_trainer.train(config, tmp_path / "run")
+    assert stopped.value.code == runner.RESUMABLE
+    said = "step 2: asked to stop, and saved; the same command goes on from here"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    np.testing.assert_array_equal(
+        tiny_trainer.train(config, tmp_path / "run"), tiny_trainer.train(config, tmp_path / "whole")
+    )
+    assert [line["seen"] for line in steps_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_asked_to_stop_after_the_last_step_a_run_ends_as_ever(tmp_path):
+    def export(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    tiny_trainer.train(tiny_trainer.configured(steps=2), tmp_path / "run", export=export)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_signals_are_as_before_afterwards(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     tiny_trainer.train(tiny_trainer.configured(steps=1), tmp_path / "run")

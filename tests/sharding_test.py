@@ -1,12 +1,18 @@
 """Meshes from a line, rules and their refusals; what is computed on eight devices is in `eight_devices_*.py`."""
 
+import contextlib
 import functools
+import importlib.util
+import itertools
 import re
+from types import SimpleNamespace
 
 import eight
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -16,7 +22,7 @@ from lora_jax.models import decoder, partition
 from lora_jax.models.config import DecoderConfig
 from lora_jax.quantize import quantize
 from train import config as settings
-from train import sft
+from train import sft, topology
 
 NAMES = {"up": "L D F", "down": "L F D", "norm": "L D"}
 
@@ -56,11 +62,85 @@ def test_one_line_makes_a_mesh():
         ("fsdp=3,data=-1", "its sizes multiply to 3, and there are 8 devices"),
         ("fsdp=4", "its sizes multiply to 4, and there are 8 devices"),
         ("fsdp=-1,data=-1", "only one axis can be -1, not data and fsdp"),
+        ("fsdp=2,fsdp=8", "mesh 'fsdp=2,fsdp=8': fsdp is given twice; give each axis one size"),
+        ("data=8,data=1,fsdp=8", "data is given twice"),
     ],
 )
 def test_meshes_that_are_none(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sharding.mesh(text, devices(8))
+
+
+TOPOLOGIES = [f"{kind}:{shape}" for kind in ("v5e", "v5p", "v6e") for shape in topology.SHAPES[kind]]
+LARGE = ("v5p:8x8x16", "v5p:8x16x16")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu")
+
+
+def every_line(n):
+    """Every mesh of n devices, n a power of two."""
+    twos = n.bit_length() - 1
+    for bars in itertools.combinations(range(twos + 3), 3):
+        sizes = [2 ** (stop - start - 1) for start, stop in itertools.pairwise((-1, *bars, twos + 3))]
+        yield ",".join(f"{name}={size}" for name, size in zip(sharding.AXES, sizes, strict=True)), tuple(sizes)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", [pytest.param(t, marks=pytest.mark.slow) if t in LARGE else t for t in TOPOLOGIES])
+def test_every_line_makes_a_mesh_of_every_topology(name):
+    there = topology.get(name).devices
+    torus = []
+    for line, sizes in every_line(len(there)):
+        laid = sharding.mesh(line, there).devices
+        assert laid.shape == sizes and {*laid.flat} == {*there}
+        if len(there) <= 64:
+            with contextlib.suppress(NotImplementedError):
+                torus.append(np.array_equal(laid, jax.make_mesh(sizes, sharding.AXES, devices=there).devices))
+    assert all(torus)  # where JAX finds the torus's own order, it is that
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "slices", "line", "across"),
+    [
+        ("v5e:4x4", 2, "data=2,fsdp=16", {"data": 2}),
+        ("v5e:4x4", 2, "data=4,fsdp=4,tensor=2", {"data": 2}),
+        ("v5e:4x4", 2, "fsdp=-1", {"fsdp": 2}),
+        ("v5p:4x4x4", 4, "fsdp=128,tensor=2", {"fsdp": 4}),
+        ("v6e:2x4", 4, "data=2,fsdp=8,expert=2", {"data": 2, "fsdp": 2}),
+    ],
+)
+def test_several_slices(name, slices, line, across):
+    """What lies across slices is the outer part of `data`, or of `fsdp`; all else stays within one."""
+    topology.get(name)  # loads the compiler
+    there = topologies.get_topology_desc(name, platform="tpu", num_slices=slices).devices
+    mesh = sharding.mesh(line, there)
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    outer = [across.get(name, 1) for name in sharding.AXES]
+    expected = np.arange(slices).reshape(outer)
+    for axis, count in enumerate(outer):
+        expected = expected.repeat(mesh.devices.shape[axis] // count, axis)
+    np.testing.assert_array_equal(index, expected)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("line", ["tensor=32", "fsdp=1,tensor=2,expert=-1"])
+def test_what_cannot_be_laid_over_slices(line):
+    topology.get("v5e:4x4")
+    there = topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2).devices
+    message = (
+        f"mesh {line!r}: the devices are of 2 slices, across which only data and fsdp go; "
+        "let these multiply to a multiple of 2, such as data=2"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sharding.mesh(line, there)
+
+
+def test_machines_of_gpus_are_slices_that_any_axis_crosses():
+    there = [SimpleNamespace(id=n, slice_index=n // 8, platform="gpu", device_kind="NVIDIA H100") for n in range(16)]
+    for line in ("data=2,fsdp=8", "fsdp=16", "tensor=16", "fsdp=2,tensor=2,expert=4"):
+        sizes = dict(part.split("=") for part in line.split(","))
+        laid = sharding._laid(line, [int(sizes.get(name, 1)) for name in sharding.AXES], there)
+        assert [device.id for device in laid.flat] == [*range(16)]
 
 
 def test_the_first_rule_whose_axis_is_free_counts():
@@ -78,11 +158,17 @@ def test_the_first_rule_whose_axis_is_free_counts():
         ({**NAMES, "norm": "D"}, (), "'norm' [2, 128] has 2 axes, its names are 'D'"),
         ({**NAMES, "nrom": "D"}, (), "no parameter matches 'nrom', which names axes; nearest: 'norm'"),
         (NAMES, (("F", "model"),), "rule 'F' -> 'model': the mesh has the axes data, fsdp, tensor, expert"),
+        (
+            NAMES,
+            ("F", "tensor"),
+            "sharding.rules: 'F' is no pair of a name and an axis of the mesh; give pairs, such as",
+        ),
+        (NAMES, (("F", "tensor", "fsdp"),), "sharding.rules: ('F', 'tensor', 'fsdp') is no pair"),
         (NAMES, (("G", "tensor"),), "rule 'G' -> 'tensor': no axis has this name; there are D, F, L"),
         (
             NAMES,
             (("L", "tensor"),),
-            "'down' [2, 512, 128]: axis L of size 2 cannot be divided by tensor=3; choose tensor among 1, 2, "
+            "'down' [2, 512, 128]: axis L of size 2 cannot be divided by tensor=3; choose tensor among 1, "
             "or leave the rule for L out",
         ),
     ],
@@ -90,6 +176,23 @@ def test_the_first_rule_whose_axis_is_free_counts():
 def test_rules_that_do_not_fit(names, rules, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sharding.specs(params(), names, rules, abstract(tensor=3))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "would_do"),
+    [
+        ({"q": 576}, 256, "1, 2, 4, 8, 16, 32, 64"),  # 3 divides the weight, but no mesh of 256 devices
+        ({"k": 3, "q": 9}, 8, "1"),
+        ({"k": 4, "q": 40}, 16, "1, 2, 4"),  # 8 divides one, and not the other
+    ],
+)
+def test_only_what_would_do_is_suggested(sizes, devices, would_do):
+    weights = {name: jnp.ones((2, size)) for name, size in sizes.items()}
+    mesh = abstract(fsdp=devices)
+    with pytest.raises(ValueError, match=f"choose fsdp among {would_do}, or leave the rule for D out"):
+        sharding.specs(weights, {".": "L D"}, (("D", "fsdp"),), mesh)
+    largest = int(would_do.split()[-1])
+    sharding.specs(weights, {".": "L D"}, (("D", "fsdp"),), abstract(fsdp=largest, data=devices // largest))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3", "bottleneck", "full"])

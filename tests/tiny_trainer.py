@@ -62,7 +62,10 @@ def train(
     stuck=False,
     export=None,
 ):
-    """Trains; `evaluations[step]` is the held-out loss, the update of `fail_at` raises, `stuck` has no gradient."""
+    """Trains; `evaluations[step]` is the held-out loss, the update of `fail_at` raises, `stuck` has no gradient.
+
+    `signal_at` is a step and the signal that is sent within it; in step 0 the first evaluation of the run is.
+    """
     tx = optax.adam(config.optim.lr)
 
     def loss(tree, batch):
@@ -85,6 +88,8 @@ def train(
 
     def evaluate(w):
         count[0] += 1
+        if not done and count[0] == 1 and signal_at[0] == 0:
+            os.kill(os.getpid(), signal_at[1])
         now = evaluations[count[0] - 1 + done] if evaluations else float(jnp.sum((w["w"] - 1) ** 2))
         return {"heldout_loss": now}, []
 

@@ -3,11 +3,16 @@
 All run the same command. What is printed and written, the first one prints and writes.
 """
 
+import contextlib
 import datetime
 import json
 import os
+import re
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +29,8 @@ PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0; -1
 ARRIVAL = flags.DEFINE_integer("arrival", 300, "seconds to wait for all of them", lower_bound=1)
 DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "there are several hosts, and the cluster says which")
 
+SEEN = 60  # seconds until what one host writes is there for all; NFS looks again after 30
+
 Tree = Any
 
 
@@ -34,27 +41,44 @@ def join() -> None:
       ValueError: if the flags say half of it, or nothing knows the rest.
       TimeoutError: if a host never arrives.
     """
-    address, count, number = COORDINATOR.value, PROCESSES.value, PROCESS.value
-    if not (address or count or number >= 0 or DISTRIBUTED.value or _detected(os.environ)):
+    given = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    if given == ("", 0, -1) and not DISTRIBUTED.value and not _detected(os.environ):
         return
-    known = bool(address) and count > 0 and number >= 0
-    if known and number >= count:
-        raise ValueError(f"--process={number}: with --processes={count} it is one of 0 to {count - 1}")
-    if known:
+    try:
+        address, count, number = _found(*given)
+    except (ValueError, RuntimeError) as error:
+        raise _cannot(error) from None
+    if address and count and number is not None:
+        if number >= count:
+            raise ValueError(f"--process={number}: with --processes={count} it is one of 0 to {count - 1}")
         meeting.wait(address, count, number, ARRIVAL.value)
     try:
-        jax.distributed.initialize(
-            address or None,
-            count or None,
-            number if number >= 0 else None,
-            initialization_timeout=ARRIVAL.value,
-        )
+        jax.distributed.initialize(address, count, number, initialization_timeout=ARRIVAL.value)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"several hosts cannot begin ({' '.join(str(error).split())}); give --coordinator, --processes, --process"
-        ) from None
+        raise _cannot(error) from None
     if not first():
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _found(coordinator: str, processes: int, process: int) -> tuple[str | None, int | None, int | None]:
+    """The first host's address, how many there are and which this is: what flags leave open, as JAX finds it out."""
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    given = address, processes or None, process if process >= 0 else None
+    if None not in given:
+        return given
+    # JAX has no public way to ask. Where this one is gone, it begins all the same, but nobody says who does not come.
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        from jax._src.clusters import ClusterEnv
+
+        return ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, ARRIVAL.value)[:3]
+    return given
+
+
+def _cannot(error: Exception) -> ValueError:
+    return ValueError(
+        f"several hosts cannot begin ({' '.join(str(error).split())}); start all of them, or give --coordinator, "
+        "--processes, --process"
+    )
 
 
 def _detected(environment: Mapping[str, str]) -> bool:
@@ -77,6 +101,11 @@ def leave() -> None:
 def several() -> bool:
     """Whether there are others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is that of an exchange with a host that is gone: those who exchange for JAX say so in words."""
+    return several() and re.search(r"Gloo|NCCL|by peer|UNAVAILABLE|barrier|heartbeat", str(error)) is not None
 
 
 def first() -> bool:
@@ -109,6 +138,35 @@ def agree(values: Mapping[str, Any], what: str) -> None:
                     f"{what}{name} is {one.get(name)!r} on host 0 and {other.get(name)!r} on host {host}; "
                     "start all of them with the same command and the same files"
                 )
+
+
+def share(folder: Path) -> None:
+    """Finds a run's folder that is another one on another host: what one of them writes, all must see.
+
+    Args:
+      folder: of the run; made if it is not there.
+
+    Raises:
+      ValueError: on every host, naming those that do not see it.
+    """
+    if not several():
+        return
+    mark = folder / f".seen-{told(lambda: secrets.token_hex(4))}"  # no host has looked for this name before
+    if first():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("written")
+    deadline = time.monotonic() + SEEN
+    while not mark.is_file() and time.monotonic() < deadline:
+        time.sleep(1)
+    seen = multihost_utils.process_allgather(np.bool_(mark.is_file()))
+    if first():
+        mark.unlink()
+    if missing := ", ".join(f"host {host}" for host in np.flatnonzero(~seen)):
+        raise ValueError(
+            f"config.run={folder}: {missing} cannot see what host 0 writes there ({folder.absolute()} here); "
+            "give a folder of a file system that all hosts share"
+        )
 
 
 def told(make: Callable[[], Any]) -> Any:

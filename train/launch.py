@@ -44,7 +44,9 @@ def run(main: Callable[[Any], None], defaults: Callable[[], Config] | None = Non
 
     try:
         app.run(guarded, flags_parser=functools.partial(_parse, defaults))
-    except MISTAKES as error:
+    except Exception as error:
+        if not (isinstance(error, MISTAKES) or hosts.lost(error)):
+            raise
         fail(error)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
@@ -56,7 +58,11 @@ def fail(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     sys.stdout.flush()
     who = f"host {jax.process_index()}: " if hosts.several() else ""
-    print(f"error: {who}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    line = " ".join(str(error).split()) or type(error).__name__
+    if hosts.lost(error):
+        then = "see why, and the same command goes on from the last checkpoint"
+        line = f"another host is gone or cannot be reached ({line}); {then}"
+    print(f"error: {who}{line}", file=sys.stderr, flush=True)
     # Not sys.exit: the threads of a library whose write has failed would still print, or wait for ever.
     os._exit(1)
 

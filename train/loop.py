@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import platform
@@ -215,9 +216,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror}); make room and run the same command again"
-        ) from None
+        do = "make room" if error.errno == errno.ENOSPC else "mend that"
+        raise OSError(f"{path}: cannot be written ({error.strerror}); {do} and run the same command again") from None
 
 
 def flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ an example, and ends with the same numbers.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from train import hosts, loop, profiling, report, trackers, watch
 from train.config import Config
 
 RESUMABLE = 75  # exit status of a run that was asked to stop and saved itself: EX_TEMPFAIL, "try again"
+GOES_ON = ", and saved; the same command goes on from here"
 
 Tree = Any
 Evaluation = tuple[dict[str, float], list[dict[str, str]]]
@@ -78,84 +79,91 @@ def run(
 
     Raises:
       ValueError, OSError, ArithmeticError: with one line that says what to change.
-      SystemExit: with the status `RESUMABLE`, after a SIGTERM.
+      SystemExit: with the status `RESUMABLE`, after a SIGTERM at any time; once the last step is made, it ends as ever.
     """
-    hosts.agree(identity, "the run's ")
-    resolved = config.to_dict()
-    beside = {"config": resolved, "lora-jax": lora.__version__}
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=beside)
-    # Tied to their device, as restored arrays are: both ways of starting run one compiled program.
-    trainable, optimizer = jax.tree.map(lambda x: jax.device_put(x, x.sharding), (trainable, optimizer))
-    step, key = 0, jax.random.key(config.seed)
-    guard = watch.Guard(config.guard.spike, config.guard.then == "skip")
-    best = watch.Best(config.eval.best, config.eval.higher, config.eval.patience)
-    saved = checkpoints.restore(checkpoint.State(step, trainable, optimizer, {}))
-    if saved:
-        step, trainable, optimizer, place = saved
-        batches.set_state(place["data"])
-        guard.restore(place["guard"])
-        best.restore(place["best"])
-        key = jax.random.wrap_key_data(jnp.array(place["key"], jnp.uint32))
-        print(f"going on from step {step} of {folder}")
-    loop.begin(folder, resolved, about)
-    recorded = step if saved else -1
-    record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded) if hosts.first() else ())
+    with watch.asked_to_stop() as asked:
+        hosts.agree(identity, "the run's ")
+        hosts.share(folder)
+        resolved = config.to_dict()
+        beside = {"config": resolved, "lora-jax": lora.__version__}
+        checkpoints = checkpoint.Checkpoints(folder / "checkpoints", identity, config.checkpoint.keep, about=beside)
+        # Tied to their device, as restored arrays are: both ways of starting run one compiled program.
+        trainable, optimizer = jax.tree.map(lambda x: jax.device_put(x, x.sharding), (trainable, optimizer))
+        step, key = 0, jax.random.key(config.seed)
+        guard = watch.Guard(config.guard.spike, config.guard.then == "skip")
+        best = watch.Best(config.eval.best, config.eval.higher, config.eval.patience)
+        saved = checkpoints.restore(checkpoint.State(step, trainable, optimizer, {}))
+        if saved:
+            step, trainable, optimizer, place = saved
+            batches.set_state(place["data"])
+            guard.restore(place["guard"])
+            best.restore(place["best"])
+            key = jax.random.wrap_key_data(jnp.array(place["key"], jnp.uint32))
+            print(f"going on from step {step} of {folder}")
+        loop.begin(folder, resolved, about)
+        recorded = step if saved else -1
+        record = loop.Record(folder, recorded, trackers.start(resolved, folder, recorded) if hosts.first() else ())
 
-    def measure() -> dict[str, float]:
-        numbers, samples = evaluate(trainable)
-        for sample in samples:
-            record.sample(step, **sample)
-        record.metrics(step, **numbers)
-        print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()), flush=True)
-        return numbers
+        def measure() -> dict[str, float]:
+            numbers, samples = evaluate(trainable)
+            for sample in samples:
+                record.sample(step, **sample)
+            record.metrics(step, **numbers)
+            print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()), flush=True)
+            return numbers
 
-    if not saved:
-        best.see(step, measure())
-    profile = profiling.Profile(config.profile, folder)
-    with checkpoints, loop.Progress(config.steps, step) as progress, watch.asked_to_stop() as asked, profile:
-        batch = progress.fetch(batches)
-        while step < config.steps and not best.enough():
-            profile.begin(step + 1)
-            before = jax.tree.map(jnp.copy, (trainable, optimizer)) if guard.skip else None
-            trainable, optimizer, out = update(trainable, optimizer, batch, jax.random.fold_in(key, step))
-            step += 1
-            data = batches.get_state()
-            batch = progress.fetch(batches)  # while the device computes
-            numbers = {name: float(value) for name, value in out.items()}
-            profile.end(step)
-            if step == 1:
-                watch.check_first(numbers)
-            if wrong := guard.judge(numbers):
-                if before is None or not guard.undo():
-                    raise FloatingPointError(
-                        f"step {step}: {wrong}: stopped; the last good checkpoint is kept in {checkpoints.folder}; "
-                        "lower config.optim.lr"
-                    )
-                trainable, optimizer = before
-                print(f"step {step}: {wrong}: skipped, the {guard.skipped}. so far", flush=True)
-                numbers = {"skipped": guard.skipped, "tokens": numbers["tokens"]}
-            numbers |= progress.update(step, numbers)
-            record.metrics(step, **numbers, learning_rate=float(rate(step - 1 - guard.skipped)))
-            score = None
-            if step == config.steps or (config.eval.every and step % config.eval.every == 0):
-                score = best.see(step, measure())
-            stop = asked.after(step)
-            last = step == config.steps or best.enough() or stop
-            if last or best.step == step or step % config.checkpoint.every == 0:
-                place = {"data": data, "key": jax.random.key_data(key).tolist()}
-                place |= {"guard": guard.state(), "best": best.state()}
-                checkpoints.save(checkpoint.State(step, trainable, optimizer, place), score)
-            if stop and step < config.steps:
-                checkpoints.wait()
-                record.close()
-                print(f"step {step}: asked to stop, and saved; the same command goes on from here", flush=True)
-                sys.exit(RESUMABLE)
-            progress.skip()
-    record.close()
-    if export:  # the best, as chat, evaluate and export take it
-        last = checkpoint.State(step, trainable, optimizer, {})
-        exported = None if best.step == step else checkpoints.best(last)
-        export(folder, *(exported or last)[:2])
-    if hosts.first():
-        report.close(folder, name)
-    return trainable
+        def stop(what: str) -> NoReturn:
+            record.close()
+            print(f"step {step}: asked to stop{what}", flush=True)
+            sys.exit(RESUMABLE)
+
+        if not saved:
+            best.see(step, measure())
+        if asked.here() and step < config.steps:
+            stop(GOES_ON if saved else "; the same command begins anew")
+        profile = profiling.Profile(config.profile, folder)
+        with checkpoints, loop.Progress(config.steps, step) as progress, profile:
+            batch = progress.fetch(batches)
+            while step < config.steps and not best.enough():
+                profile.begin(step + 1)
+                before = jax.tree.map(jnp.copy, (trainable, optimizer)) if guard.skip else None
+                trainable, optimizer, out = update(trainable, optimizer, batch, jax.random.fold_in(key, step))
+                step += 1
+                data = batches.get_state()
+                batch = progress.fetch(batches)  # while the device computes
+                numbers = {name: float(value) for name, value in out.items()}
+                profile.end(step)
+                if step == 1:
+                    watch.check_first(numbers)
+                if wrong := guard.judge(numbers):
+                    if before is None or not guard.undo():
+                        raise FloatingPointError(
+                            f"step {step}: {wrong}: stopped; the last good checkpoint is kept in {checkpoints.folder}; "
+                            "lower config.optim.lr"
+                        )
+                    trainable, optimizer = before
+                    print(f"step {step}: {wrong}: skipped, the {guard.skipped}. so far", flush=True)
+                    numbers = {"skipped": guard.skipped, "tokens": numbers["tokens"]}
+                numbers |= progress.update(step, numbers)
+                record.metrics(step, **numbers, learning_rate=float(rate(step - 1 - guard.skipped)))
+                score = None
+                if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+                    score = best.see(step, measure())
+                asked_now = asked.here()
+                last = step == config.steps or best.enough() or asked_now
+                if last or best.step == step or step % config.checkpoint.every == 0:
+                    place = {"data": data, "key": jax.random.key_data(key).tolist()}
+                    place |= {"guard": guard.state(), "best": best.state()}
+                    checkpoints.save(checkpoint.State(step, trainable, optimizer, place), score)
+                if asked_now and step < config.steps:
+                    checkpoints.wait()
+                    stop(GOES_ON)
+                progress.skip()
+        record.close()
+        if export:  # the best, as chat, evaluate and export take it
+            last = checkpoint.State(step, trainable, optimizer, {})
+            exported = None if best.step == step else checkpoints.best(last)
+            export(folder, *(exported or last)[:2])
+        if hosts.first():
+            report.close(folder, name)
+        return trainable

@@ -119,15 +119,16 @@ class Best:
 class Asked:
     """Whether the process was asked to stop."""
 
-    to_stop = False
+    noted, times = False, 0
 
-    def after(self, step: int) -> bool:
-        """Whether to stop after a step: of several hosts all do after the same, whichever was asked.
+    def here(self) -> bool:
+        """Whether to stop here: of several hosts all do at the same place, whichever was asked.
 
-        Args:
-          step: that was just made; to be called after every one.
+        To be called before the first step and after every one.
         """
-        return multihost_utils.reached_preemption_sync_point(step) if hosts.several() else self.to_stop
+        self.times += 1
+        # JAX's hosts stop at the number after their highest: one that begins at 1 everywhere is never passed over.
+        return multihost_utils.reached_preemption_sync_point(self.times) if hosts.several() else self.noted
 
 
 @contextlib.contextmanager
@@ -136,7 +137,7 @@ def asked_to_stop() -> Iterator[Asked]:
     asked = Asked()
 
     def note(*_: Any) -> None:
-        asked.to_stop = True
+        asked.noted = True
 
     # The main thread alone may say what signals do; where there are several hosts, JAX does.
     if threading.current_thread() is not threading.main_thread() or hosts.several():
