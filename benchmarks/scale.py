@@ -60,7 +60,8 @@ CASES = [
         for name in ("h100", "v5e:4x4")
         for remat in ("dots", "offload", "none")
     ),
-    *(Case(*where, kinds=("lora",), remat="offload") for where in SLICES[1:]),
+    # Of 405B's activations a chip's share is more than its host's memory.
+    *(Case(*where, kinds=("lora",), remat="offload") for where in SLICES[1:] if where[0] != "llama-3.1-405b"),
     Case("llama-3.1-8b", "v5e:4x4", kinds=("lora", "sampling"), rows=2),
     Case("llama-3.1-8b", "v5e:4x4", kinds=("lora",), remat="offload", rows=2),
     *(Case(*where, kinds=("full", "lora on nf4")) for where in SLICES),

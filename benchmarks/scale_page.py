@@ -37,7 +37,7 @@ BESIDE = """
 
 The peak of a step against that of sampling one token for as many rows, with a key/value cache of {length:,} tokens a
 row, and against that of training all parameters, these and both moments in float32. In brackets, where activations
-are sent to the host's memory (`remat="offload"`), which divides nothing among chips.
+are sent to the host's memory (`remat="offload"`).
 """
 TIERS = """
 ## Tiers of remat

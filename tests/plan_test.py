@@ -331,6 +331,13 @@ def test_a_compiler_that_refuses_says_what_a_program_would_take(here, said, gib,
         forecast.make(programs.Program(Refusing("something else"), parts, 1, 0, 0, 1), mesh, here)
 
 
+def test_a_host_whose_memory_is_too_small(here):
+    said = "Ran out of memory in memory space host. Used 167.34G of 128.00G host. Exceeded host capacity by 39.34G."
+    mesh = sharding.mesh("", [jax.devices()[0]])
+    with pytest.raises(ValueError, match=r"^does not fit: 167.34G of its host's memory for a chip, of 128.00G; try"):
+        forecast.make(programs.Program(Refusing(said), {}, 1, 0, 0, 1), mesh, here)
+
+
 def test_of_every_program_in_the_documents_the_compiler_counted_what_was_predicted():
     rows = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "scale.json").read_text())["rows"]
     counted = [row for row in rows if row["arguments"] is not None]

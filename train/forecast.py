@@ -16,6 +16,7 @@ from train.topology import Topology
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 _TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")  # where these alone are too many
+_HOST = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) host")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TWICE = "all-reduce"  # scatters sums and gathers them: what it exchanges goes over the links twice
 
@@ -86,6 +87,9 @@ def make(program: Program, mesh: Mesh, topology: Topology) -> Forecast:
 
     Returns:
       The forecast. Where the compiler refuses for want of memory, it says what the program would take.
+
+    Raises:
+      ValueError: the host's memory is too small for what is kept there.
     """
     parts = {name: bytes_per_chip(tree, topology.platform == "tpu") for name, tree in program.parts.items()}
     began, chip, chips = time.process_time(), topology.chip, mesh.devices.size
@@ -144,6 +148,11 @@ def _text(compiled: Any) -> hlo.Program | None:
 
 def _refused(error: Exception, held: int) -> int:
     """The bytes that the compiler found a program to take beside what is held, or with it, from its refusal."""
+    if found := _HOST.search(str(error)):
+        raise ValueError(
+            f"does not fit: {found[1]} of its host's memory for a chip, of {found[2]}; try another config.remat than "
+            "'offload', or a smaller config.batch_size"
+        ) from None
     for pattern, more in ((_USED, 0), (_TEMPORARIES, held)):
         if found := pattern.search(str(error)):
             return more + math.ceil(float(found[1]) * _UNITS[found[2]])
