@@ -341,7 +341,7 @@ def test_a_host_whose_memory_is_too_small(here):
 def test_of_every_program_in_the_documents_the_compiler_counted_what_was_predicted():
     rows = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "scale.json").read_text())["rows"]
     counted = [row for row in rows if row["arguments"] is not None]
-    assert len(counted) > len(rows) - 5  # these are the ones that no chip has room for
+    assert counted and all(row["peak"] > row["room"] for row in rows if row not in counted)  # which were refused
     for row in counted:
         parts = sum(row["bytes"].get(part, 0) for part in ("base", "adapters", "optimizer", "cache", "batch"))
         assert row["arguments"] == pytest.approx(parts, rel=0.01), row["model"]
