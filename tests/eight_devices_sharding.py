@@ -50,9 +50,13 @@ def case(kind):
     sites = lora.trace(decoder.forward, params, batch, config)
     if kind.startswith("nf4"):
         params = quantize(params, sites, {"all-linear": "nf4"})
-    adapters = lora.init(jax.random.key(2), params, sites, lora.Spec(rank=3, alpha=6))
-    adapters = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape) / 20, adapters)
+    adapters = random_adapters(params, sites)
     return config, params, adapters, batch, jax.jit(step(config))(adapters, params, batch)
+
+
+def random_adapters(params, sites):
+    adapters = lora.init(jax.random.key(2), params, sites, lora.Spec(rank=3, alpha=6))
+    return jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape) / 20, adapters)
 
 
 def step(config):
@@ -80,15 +84,52 @@ def placed(kind, line, follow=sharding.FOLLOW):
     return config, args, where, mesh
 
 
+def assert_same(got, expected):
+    """Losses, and gradients against the largest number of all."""
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1]))
+    for one, other in zip(*map(jax.tree.leaves, (got[1], expected[1])), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * largest)
+
+
 @pytest.mark.parametrize(("kind", "line", "sides"), CASES)
 def test_loss_and_gradients_are_those_of_one_device(kind, line, sides):
     loss, gradients = case(kind)[-1]
     config, args, where, mesh = placed(kind, line, (*sharding.FOLLOW, *sides))
     with jax.set_mesh(mesh):  # without it, rows are where XLA likes them
         got, found = jax.jit(step(config), out_shardings=(None, where[0]))(*args)
-    np.testing.assert_allclose(got, loss, rtol=1e-5)
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * largest)
+    assert_same((got, found), (loss, gradients))
     divided = [place for place in jax.tree.leaves(where[1]) if not place.is_fully_replicated]
     assert divided or line == "data=8"
+
+
+def handwritten(params, x_BD):
+    def layer(x_BD, w):
+        return x_BD + jnp.tanh(x_BD @ w["up"]) @ w["down"], None
+
+    x_BD, _ = jax.lax.scan(layer, x_BD, params["layers"])
+    return x_BD @ params["out"]
+
+
+def squares(adapters, params, x_BD):
+    return jnp.mean(lora.lift(handwritten)(lora.attach(params, adapters), x_BD) ** 2)
+
+
+@pytest.mark.parametrize("follow", [sharding.FOLLOW, sharding.SIDES], ids=["usual", "sides"])
+@pytest.mark.parametrize("line", MESHES)
+def test_any_lifted_function_takes_its_shardings(line, follow):
+    """A model that knows nothing of meshes; the base alone gives another loss."""
+    noise = functools.partial(jax.random.normal, jax.random.key(0))
+    params = {"layers": {"up": noise((2, 64, 128)) / 8, "down": noise((2, 128, 64)) / 8}, "out": noise((64, 32)) / 8}
+    x_BD = noise((16, 64))
+    adapters = random_adapters(params, lora.trace(handwritten, params, x_BD))
+    step, mesh = jax.value_and_grad(squares), sharding.mesh(line)
+    one = jax.jit(step)(adapters, params, x_BD)
+    names = {"up": "L D F", "down": "L F D", "out": "D V"}
+    specs = sharding.specs(params, names, (("F", "tensor"), ("V", "tensor"), ("D", "fsdp")), mesh)
+    where = sharding.adapter_places(adapters, specs, mesh, follow)
+    args = jax.device_put((adapters, params, x_BD), (where, sharding.places(params, specs, mesh), sharding.rows(mesh)))
+    found = jax.jit(step, out_shardings=(None, where))(*args)
+    assert_same(found, one)
+    assert jax.tree.map(lambda x: x.sharding, found[1]) == where
+    assert abs(squares({}, params, x_BD) - one[0]) > 1e-3

@@ -1,6 +1,7 @@
 """The files that start several hosts, read by what checks such files, and run with stand-ins for what they call."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from train import run
 
 FOLDER = Path(__file__).parent.parent / "configs" / "launch"
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+XPK = shutil.which("xpk", path=os.pathsep.join([f"{sys.prefix}/xpk/bin", os.environ["PATH"]]))
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
 
 
@@ -61,10 +63,12 @@ def test_slurm_starts_every_process_and_again_only_what_was_preempted(tmp_path, 
     assert ("requeue" in called) == (status == run.RESUMABLE)
 
 
+GIVEN = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "us-east5-b", "IMAGE": "i"}
+
+
 def test_xpk_is_given_the_command(tmp_path):
-    given = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "IMAGE": "i"}
     done, called = started(
-        tmp_path, "xpk.sh", "sums", "v5litepod-16", "--config=a b.py", "--config.lora.rank=4", **given
+        tmp_path, "xpk.sh", "sums", "v5litepod-16", "--config=a b.py", "--config.lora.rank=4", **GIVEN
     )
     assert done.returncode == 0, done.stderr
     assert called[:3] == ["xpk", "workload", "create"]
@@ -76,12 +80,39 @@ def test_xpk_is_given_the_command(tmp_path):
         "--cluster=c",
         "--docker-image=i",
     } < {*called}
-    for name in given:
-        rest = {key: value for key, value in given.items() if key != name}
+    for name in GIVEN:
+        rest = {key: value for key, value in GIVEN.items() if key != name}
         done, _ = started(tmp_path, "xpk.sh", "sums", "v5litepod-16", **rest)
         assert done.returncode and name in done.stderr
-    done, _ = started(tmp_path, "xpk.sh", "sums", **given)
+    done, _ = started(tmp_path, "xpk.sh", "sums", **GIVEN)
     assert done.returncode and "usage: configs/launch/xpk.sh WORKLOAD TPU_TYPE" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(XPK is None, reason="needs the program xpk")
+def test_xpk_makes_a_jobset_of_it(tmp_path):
+    """XPK itself reads the arguments, and in a dry run prints what it would apply."""
+    _, (_, *arguments) = started(tmp_path, "xpk.sh", "sums", "v5litepod-16", "--config=a b.py", **GIVEN)
+
+    def asked(*more):
+        environment = os.environ | {"HOME": str(tmp_path), "TELEMETRY_ENABLED": "false"}
+        return subprocess.run([XPK, *arguments, "--dry-run", *more], env=environment, capture_output=True, text=True)
+
+    done = asked()
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobset = yaml.safe_load(re.search(r"^apiVersion: .*?(?=^\[XPK\])", done.stdout, re.M | re.S)[0])
+    assert jobset["metadata"]["name"] == "sums" and jobset["spec"]["failurePolicy"]["maxRestarts"] == 20
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["completions"]) == (1, 4)
+    (rule,) = job["podFailurePolicy"]["rules"]  # any other status is a failure
+    assert rule["onExitCodes"]["operator"] == "NotIn" and run.RESUMABLE in rule["onExitCodes"]["values"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == "i" and pod["terminationGracePeriodSeconds"] == 120
+    assert "(exec python -m train.sft --config=a\\ b.py) &" in container["command"][-1]
+    refused = asked("--restart-on-exit-status=75")
+    assert refused.returncode and "unrecognized arguments: --restart-on-exit-status=75" in refused.stderr
 
 
 @pytest.fixture
