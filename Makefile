@@ -18,7 +18,7 @@ quickstart: $(VENV)/.train  ## fine-tunes a 135M chat model on sums, in minutes 
 test: $(VENV)/.test  ## everything that takes seconds
 	$(IN) pytest -m "not slow" -n $(JOBS) $(TESTS)
 
-test-slow: $(VENV)/.test $(VENV)/.compilers $(VENV)/xpk/bin/xpk  ## the rest: real weights, crashes, compilers for TPU and H100
+test-slow: $(VENV)/.test $(VENV)/.compilers $(if $(ORACLES),$(VENV)/xpk/bin/xpk)  ## the rest: real weights, crashes, compilers for TPU and H100
 	$(IN) pytest -m slow -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/.test
@@ -55,4 +55,5 @@ $(VENV)/.compilers: $(VENV)/.test
 # In an environment of its own: it asks for older packages than the tests.
 $(VENV)/xpk/bin/xpk: $(VENV)/bin/python
 	$(PYTHON) -m venv $(VENV)/xpk
-	$(VENV)/xpk/bin/python -m pip --disable-pip-version-check install --quiet xpk==1.16.0
+	$(VENV)/xpk/bin/python -m pip --disable-pip-version-check install --quiet xpk==1.16.0 \
+	|| echo "xpk does not install here: the test with its own parser is skipped"
