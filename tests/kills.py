@@ -95,10 +95,14 @@ def ended(pid):
     return bool(done)
 
 
-def saving(folder):
-    """Whether a checkpoint is being written: it has no manifest yet."""
-    found = (folder / "checkpoints").glob("*")
-    return any(not (path / checkpoint.MANIFEST).exists() for path in found)
+def saving(folder, since):
+    """Whether a checkpoint is being written: it has no manifest yet, and was not left so before this time."""
+
+    def unfinished(path):
+        with contextlib.suppress(FileNotFoundError):  # it was renamed, or removed
+            return path.stat().st_mtime_ns > since and not (path / checkpoint.MANIFEST).exists()
+
+    return any(map(unfinished, (folder / "checkpoints").glob("*")))
 
 
 def killed(folder, chance, wanted):
@@ -111,6 +115,7 @@ def killed(folder, chance, wanted):
     """
     path, more = folder / loop.METRICS, chance.randrange(20)
     before = path.stat().st_mtime_ns if path.exists() else 0
+    since = time.time_ns()
     pid = started(folder)
 
     def until(condition):
@@ -126,10 +131,10 @@ def killed(folder, chance, wanted):
     if not until(lambda: path.exists() and path.stat().st_mtime_ns > before):
         return None
     count = lines()
-    if not until(lambda: lines() >= count + more) or not until(lambda: saving(folder) == (wanted == SAVE)):
+    if not until(lambda: lines() >= count + more) or not until(lambda: saving(folder, since) == (wanted == SAVE)):
         return None
     time.sleep(chance.uniform(0, 0.05) if wanted == SAVE else 0)
-    doing = SAVE if saving(folder) else STEP
+    doing = SAVE if saving(folder, since) else STEP
     if ended(pid):
         return None
     os.kill(pid, signal.SIGKILL)

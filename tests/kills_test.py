@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -23,6 +24,18 @@ def weights(run):
     like = {name: jax.ShapeDtypeStruct((16, 16), jnp.float32) for name in "ab"}
     found = checkpoint.load(run / "checkpoints", like, "none", kills.STEPS)
     return {name: x.tobytes() for name, x in jax.tree.map(np.asarray, found).items()}
+
+
+def test_what_an_earlier_process_left_is_no_save(tmp_path):
+    left, new = (tmp_path / "checkpoints" / step for step in ("4", "8"))
+    left.mkdir(parents=True)
+    os.utime(left, ns=(1, 1))
+    since = time.time_ns() - 10**9  # clocks of file systems are coarse
+    assert not kills.saving(tmp_path, since)
+    new.mkdir()
+    assert kills.saving(tmp_path, since)
+    (new / checkpoint.MANIFEST).touch()
+    assert not kills.saving(tmp_path, since)
 
 
 @pytest.mark.slow
