@@ -145,6 +145,7 @@ def test_arguments_are_those_that_the_compiler_counts(quick, here, changes):
     assert parts["optimizer"] == pytest.approx(2 * parts["adapters"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_the_step_that_a_run_compiles(model, tmp_path, monkeypatch):
     """`eight_devices_plan.py` has meshes, and the places of every method's arrays."""
     changes = {"method": "lora+", "accumulate": 2, "loss_chunk": 24, "data__pack": True}
