@@ -53,10 +53,7 @@ PAIRS = {"data.source": "pairs.jsonl", "data.prompt": "prompt", "data.length": 6
 DISTILL = PAIRS | {"data.completion": "completion", "teacher.model": "../teacher", "sampler.max_new": 6}
 DRAWN = {"sampler.prompts": 4, "sampler.samples": 4, "sampler.max_new": 5}
 OTHERS = {
-    "dpo": PAIRS,
-    "dpo kto": PAIRS | {"loss": "kto"},
     "dpo precomputed": PAIRS | {"reference": "precomputed"},
-    "distill": DISTILL,
     "distill on-policy": DISTILL | {"on_policy": True},
     "rl": DRAWN
     | {"data.source": "pairs.jsonl", "data.heldout_source": "", "policy.kl": 0.1}
