@@ -54,7 +54,7 @@ DISTILL = PAIRS | {"data.completion": "completion", "teacher.model": "../teacher
 DRAWN = {"sampler.prompts": 4, "sampler.samples": 4, "sampler.max_new": 5}
 OTHERS = {
     "dpo precomputed": PAIRS | {"reference": "precomputed"},
-    "distill on-policy": DISTILL | {"on_policy": True},
+    "distill": DISTILL | {"on_policy": True},
     "rl": DRAWN
     | {"data.source": "pairs.jsonl", "data.heldout_source": "", "policy.kl": 0.1}
     | {"reward.functions": "(('short_rewards:short', 1.0),)"},
@@ -188,8 +188,8 @@ def test_other_trainers_on_two_hosts(place, trainer):
     (steps, alone), (same, two) = found
     assert steps == same and len(steps) == STEPS + 3  # three evaluations
     np.testing.assert_allclose(two, alone, rtol=1e-5, atol=1e-6)
-    # Partner: numbers differ from step to step by more than hosts do.
-    assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 1e-4
+    # Partner: gradients' norms differ from step to step by far more than hosts may.
+    assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 1e-5
 
 
 def test_two_hosts_meet_as_slurm_says(place):
