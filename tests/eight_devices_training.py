@@ -45,7 +45,7 @@ def on(line, rules=(), **changes):
 
 
 @pytest.mark.parametrize("compute", ["plain", "parts", "packed"])
-def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, quick, monkeypatch):
+def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, quick, monkeypatch, capsys):
     """Losses, gradient norms, held-out losses, answers and the trained adapters; other data gives others."""
     changes = {
         "plain": {"eval__answers": 8},
@@ -66,7 +66,9 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(folder, tmp_path, compute, qui
         return np.array(numbers), said, sft_test.final(tmp_path / name)
 
     numbers, said, final = trained("one")
+    assert "one of 8 devices computes; --config.mesh=data=8 takes all" in capsys.readouterr().out
     there, also, other = trained("mesh", mesh="fsdp=2,data=2,tensor=2" if compute == "plain" else "fsdp=4,tensor=2")
+    assert "devices computes" not in capsys.readouterr().out
     np.testing.assert_allclose(there, numbers, rtol=1e-5)
     assert also == said
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), other, final)

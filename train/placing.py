@@ -28,12 +28,18 @@ Gather = Callable[[Tree], Tree]
 def on_mesh(train: Callable[[Config, Path, str], None]) -> Callable[[Config, Path, str], None]:
     """A trainer's `train(config, folder, name)` with the mesh of its config in context, if it names one.
 
-    Several hosts have one in any case: each device takes a part of the rows.
+    Several hosts have one in any case: each device takes a part of the rows. One host without a mesh takes one device,
+    and says so where there are more.
     """
 
     @functools.wraps(train)
     def run(config: Config, folder: Path, name: str) -> None:
         line = config.mesh or ("data=-1" if hosts.several() else "")
+        if not line and (devices := jax.local_device_count()) > 1:
+            print(
+                f"one of {devices} devices computes; --config.mesh=data={devices} takes all, a whole base on each, "
+                f"fsdp={devices} divides it"
+            )
         with jax.set_mesh(sharding.mesh(line)) if line else contextlib.nullcontext():
             train(config, folder, name)
 
