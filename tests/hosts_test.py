@@ -187,9 +187,12 @@ def test_other_trainers_on_two_hosts(place, trainer):
         assert (place / folder / "adapter" / "adapter_model.safetensors").is_file()
     (steps, alone), (same, two) = found
     assert steps == same and len(steps) == STEPS + 3  # three evaluations
-    np.testing.assert_allclose(two, alone, rtol=1e-5, atol=1e-6)
+    largest = np.abs(alone).max(axis=0)
+    # A policy's loss is a sum that is next to nothing, so that some is allowed beside it; less where numbers are small.
+    may = np.minimum(1e-6, 1e-5 * largest) + 1e-5 * np.abs(alone)
+    assert (np.abs(two - alone) <= may).all(), (two, alone)
     # Partner: gradients' norms differ from step to step by far more than hosts may.
-    assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 1e-5
+    assert np.abs(np.diff(alone[alone[:, 1] > 0, 1])).min() > 100 * may[:, 1].max()
 
 
 def test_two_hosts_meet_as_slurm_says(place):
